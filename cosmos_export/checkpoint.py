@@ -1,0 +1,210 @@
+"""Checkpoint folders: read tensor by tensor from where they lie, written as safetensors (cosmos_reference, section 8).
+
+A folder holds `config.json` and either `model.safetensors` (or shards with `model.safetensors.index.json`) or
+`pytorch_model.bin`; `tokenizer.json` is optional. Opening one reads names and shapes; a tensor's bytes are mapped when it
+is asked for, so weights that nobody asks for (`learning_engine.*`: 8 GB at dim 1024) are never read.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cosmos_export.config import CosmosAdvancedConfig
+from cosmos_export.errors import CheckpointError
+from cosmos_export.model.head_layout import check_head_layout, tile_to_interleave
+
+CONFIG, INFO, TOKENIZER = "config.json", "model_info.json", "tokenizer.json"
+SAFETENSORS, SAFETENSORS_INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+
+# The two names of the one tied tensor; only the first is kept.
+EMBEDDING, TIED_OUTPUT = "tok_embeddings.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint that has not been read: its shape, its dtype, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A configuration and its weights by name, read on demand, query heads in the model's order.
+
+    `origin` says where it came from, for manifests: `{"kind": "checkpoint" | "preset", "location": ...}`.
+    """
+
+    config: CosmosAdvancedConfig
+    stored: Mapping[str, StoredTensor]
+    origin: Mapping[str, Any]
+    tokenizer: Path | None = None
+    head_layout: str = field(default="interleave")
+
+    @classmethod
+    def open(cls, folder: str | Path, *, head_layout: str = "interleave") -> Self:
+        """Opens a checkpoint folder.
+
+        `head_layout="tile"` reads a checkpoint whose query heads are in the published `repeat` order.
+        Raises CheckpointError when a file is missing, unreadable or unsafe, ConfigError when config.json is wrong.
+        """
+        check_head_layout(head_layout)
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"no checkpoint folder at {folder}: expected a folder with {CONFIG} and weights")
+        config = CosmosAdvancedConfig.from_file(folder / CONFIG).validate()
+        tokenizer = folder / TOKENIZER
+        return cls(
+            config=config,
+            stored=_with_one_embedding(_stored_tensors(folder), folder),
+            origin={"kind": "checkpoint", "location": str(folder.resolve()), "head_layout": head_layout},
+            tokenizer=tokenizer if tokenizer.is_file() else None,
+            head_layout=head_layout,
+        )
+
+    @classmethod
+    def from_tensors(cls, config: CosmosAdvancedConfig, tensors: Mapping[str, Tensor], origin: dict[str, Any]) -> Self:
+        """A checkpoint whose tensors are in memory: presets with random weights, models built in a program."""
+        stored = {n: StoredTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()}  # type: ignore[misc]
+        return cls(config.validate(), stored, origin)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors that are stored, in the checkpoint's order."""
+        return list(self.stored)
+
+    def tensor(self, name: str) -> Tensor:
+        """Reads one tensor, in its stored dtype. Raises CheckpointError when there is none of that name."""
+        if name not in self.stored:
+            raise CheckpointError(f"{self.origin.get('location')}: no tensor {name!r} in this checkpoint")
+        tensor = self.stored[name].read()
+        return tile_to_interleave(name, tensor, self.config) if self.head_layout == "tile" else tensor
+
+    def require(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError that lists every tensor of `shapes` that is missing, misshapen or not of numbers."""
+        problems = [problem for name, shape in shapes.items() if (problem := self._problem(name, shape))]
+        if problems:
+            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+            raise CheckpointError(
+                f"{self.origin.get('location')}: the weights do not fit {CONFIG}: {shown}. "
+                f"Check that {CONFIG} belongs to these weights"
+            )
+
+    def _problem(self, name: str, shape: tuple[int, ...]) -> str | None:
+        stored = self.stored.get(name)
+        if stored is None:
+            return f"{name} is missing"
+        if stored.shape != shape:
+            return f"{name} has shape {stored.shape}, expected {shape}"
+        if not stored.dtype.is_floating_point:
+            return f"{name} has dtype {stored.dtype}, expected a floating-point one"
+        return None
+
+
+def save_checkpoint(
+    folder: str | Path, config: CosmosAdvancedConfig, state: Mapping[str, Tensor], tokenizer: Path | None = None
+) -> None:
+    """Writes a checkpoint folder: config.json, model.safetensors, model_info.json and, if given, tokenizer.json.
+
+    The tied output projection is stored once, as the embedding.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save(folder / CONFIG)
+    tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if n != TIED_OUTPUT}
+    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+    parameters = sum(t.numel() for t in tensors.values())
+    info = {"model_type": "CosmosAdvanced", "version": "3.0.0", "total_parameters": parameters}
+    (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is not None and tokenizer.resolve() != (folder / TOKENIZER).resolve():
+        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    if (folder / SAFETENSORS).is_file():
+        return _read_safetensors(folder / SAFETENSORS)
+    if (folder / SAFETENSORS_INDEX).is_file():
+        return _read_shards(folder)
+    if (folder / PICKLE).is_file():
+        return _read_pickle(folder / PICKLE)
+    raise CheckpointError(f"{folder}: no weights; expected {SAFETENSORS}, {SAFETENSORS_INDEX} or {PICKLE}")
+
+
+def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    try:
+        handle = safe_open(path, framework="pt")
+        names = list(handle.keys())
+        return {name: _slice(handle, name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _slice(handle: Any, name: str) -> StoredTensor:
+    view = handle.get_slice(name)
+    dtype = _SAFETENSORS_DTYPES.get(view.get_dtype(), torch.uint8)  # not of numbers for us: `require` names it
+    return StoredTensor(tuple(view.get_shape()), dtype, lambda: handle.get_tensor(name))
+
+
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _read_shards(folder: Path) -> dict[str, StoredTensor]:
+    path = folder / SAFETENSORS_INDEX
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a safetensors index with a weight_map: {error!r}") from None
+    outside = [s for s in shards if not isinstance(s, str) or Path(s).name != s]
+    if outside:
+        raise CheckpointError(f"{path}: shards must be files of the same folder, got {outside[0]!r}")
+    missing = [s for s in shards if not (folder / s).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}")
+    stored = {s: _read_safetensors(folder / s) for s in shards}
+    absent = [n for n, s in weight_map.items() if n not in stored[s]]
+    if absent:
+        raise CheckpointError(f"{folder}: {SAFETENSORS_INDEX} places {absent[0]!r} in a shard that does not hold it")
+    return {name: stored[shard][name] for name, shard in weight_map.items()}
+
+
+def _read_pickle(path: Path) -> dict[str, StoredTensor]:
+    try:
+        # weights_only without exception: a pickle is a program, and this flag is what keeps it from running.
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} holds more than tensors and was refused ({reason}). Save a plain state dict: "
+            f"torch.save(model.state_dict(), ...) or, better, safetensors"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a PyTorch state dict: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise CheckpointError(f"{path} is not a plain state dict: expected tensor names and tensors only")
+    return {n: StoredTensor(tuple(t.shape), t.dtype, lambda t=t: t) for n, t in state.items()}  # type: ignore[misc]
+
+
+def _with_one_embedding(stored: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """One entry for the tied embedding, whichever of its two names the file holds."""
+    if TIED_OUTPUT not in stored:
+        return stored
+    if EMBEDDING in stored:
+        embedding, output = stored[EMBEDDING].read(), stored[TIED_OUTPUT].read()
+        if embedding.data_ptr() != output.data_ptr() and not torch.equal(embedding, output):
+            raise CheckpointError(
+                f"{folder}: {TIED_OUTPUT} differs from {EMBEDDING}, but this model's output projection is its "
+                f"embedding. An untied model cannot be represented"
+            )
+    return {EMBEDDING: stored[TIED_OUTPUT], **{n: t for n, t in stored.items() if n != TIED_OUTPUT}}
