@@ -124,6 +124,7 @@ def save_checkpoint(
     config.save(folder / CONFIG)
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if n != TIED_OUTPUT}
     save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
+    (folder / SAFETENSORS).chmod(0o644)  # safetensors makes it private; the rest of the folder is not
     parameters = sum(t.numel() for t in tensors.values())
     info = {"model_type": "CosmosAdvanced", "version": "3.0.0", "total_parameters": parameters}
     (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")

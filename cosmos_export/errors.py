@@ -6,6 +6,11 @@ The command line prints it as one line and exits with 1; anything else is a defe
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cosmos_export.parity.report import ParityReport
+
 
 class CosmosExportError(Exception):
     """Base of every error that the user can act on."""
@@ -32,4 +37,8 @@ class TargetError(CosmosExportError):
 
 
 class ParityError(CosmosExportError):
-    """A bundle is not equal to its model within the gates."""
+    """A bundle is not equal to its model within the gates; `report` holds every case that was run."""
+
+    def __init__(self, message: str, report: ParityReport) -> None:
+        super().__init__(message)
+        self.report = report

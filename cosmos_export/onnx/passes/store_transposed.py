@@ -1,0 +1,47 @@
+"""Stores projection matrices the way a product reads them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from cosmos_export.onnx.signature import stored_transposed
+
+
+class StoreTransposed(ir.passes.InPlacePass):
+    """A transposed initializer becomes an initializer that is stored transposed.
+
+    Before:  Transpose(w)             w (out, in), torch's order
+    After:   w.transposed             (in, out)
+
+    Without this a runtime transposes every matrix at each load. Only the name and shape change here: the values are
+    read, and transposed, when they are written.
+    Precondition: w is an initializer (out, in) without a value, and the transpose is its only reader.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        nodes = [node for node in model.graph if _transposes_weight(node)]
+        for node in nodes:
+            _replace(model.graph, node)
+        return ir.passes.PassResult(model, bool(nodes))
+
+
+def _transposes_weight(node: ir.Node) -> bool:
+    weight = node.inputs[0] if node.op_type == "Transpose" else None
+    if weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
+        return False
+    if weight.const_value is not None or len(weight.uses()) != 1:
+        return False
+    return list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
+
+
+def _replace(graph: ir.Graph, node: ir.Node) -> None:
+    weight, result = node.inputs[0], node.outputs[0]
+    if weight is None or weight.name is None or weight.shape is None:
+        raise AssertionError("_transposes_weight has checked these")
+    stored = ir.Value(
+        name=stored_transposed(weight.name), shape=ir.Shape(reversed(weight.shape.dims)), type=weight.type
+    )
+    graph.initializers.add(stored)
+    ir.convenience.replace_all_uses_with(result, stored)
+    graph.remove(node, safe=True)
+    del graph.initializers[weight.name]

@@ -1,0 +1,25 @@
+"""How long work tells what it is doing, without knowing whether a terminal listens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Hears the stages of a long piece of work, and how far the current one is."""
+
+    def stage(self, title: str) -> None:
+        """A new stage begins; the one before it is done."""
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` units of the current stage are finished."""
+
+
+class Silent:
+    """Tells nobody: the default of every library call."""
+
+    def stage(self, title: str) -> None:
+        pass
+
+    def update(self, done: int, total: int) -> None:
+        pass

@@ -1,0 +1,71 @@
+"""Export recipes: one TOML file a deployment target (`configs/exports/`), checked before anything is traced."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from cosmos_runtime.manifest import FULL_SEQUENCE
+
+from cosmos_export.errors import RecipeError
+from cosmos_export.resources import recipe_path
+
+DEFAULT_RECIPE = "fp32"
+
+PRECISIONS = ("fp32",)
+DIALECTS = ("portable",)
+GRAPHS = (FULL_SEQUENCE,)
+# Opset 20 is the oldest that the traced operators need; from 23 on, torch has no exporter target yet.
+OPSETS = range(20, 24)
+
+
+@dataclass(frozen=True)
+class ExportRecipe:
+    """What to make of a model: number format, operator dialect, ONNX opset and which graphs."""
+
+    name: str
+    description: str
+    precision: str
+    dialect: str
+    opset: int
+    graphs: tuple[str, ...]
+
+    @classmethod
+    def load(cls, name: str) -> Self:
+        """The recipe called `name` in `configs/exports`, or the file that `name` is the path of (`*.toml`).
+
+        Raises RecipeError when there is none, or when it asks for what this version cannot make.
+        """
+        path = Path(name) if name.endswith(".toml") else recipe_path(name)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"recipe {path} cannot be read as TOML: {error}") from None
+        return cls(**_checked(path, {**values, "name": path.stem}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for the manifest."""
+        return {**asdict(self), "graphs": list(self.graphs)}
+
+
+def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in fields(ExportRecipe)}
+    unknown, missing = sorted(values.keys() - known), sorted(known - values.keys())
+    if unknown or missing:
+        what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
+        raise RecipeError(f"recipe {path}: {what}; a recipe has {', '.join(sorted(known - {'name'}))}")
+    _check_member(path, "precision", values["precision"], PRECISIONS)
+    _check_member(path, "dialect", values["dialect"], DIALECTS)
+    _check_member(path, "opset", values["opset"], OPSETS)
+    if not isinstance(values["graphs"], list) or not values["graphs"]:
+        raise RecipeError(f"recipe {path}: graphs must be a list of at least one of {', '.join(GRAPHS)}")
+    for graph in values["graphs"]:
+        _check_member(path, "graphs", graph, GRAPHS)
+    return {**values, "graphs": tuple(values["graphs"])}
+
+
+def _check_member(path: Path, key: str, value: Any, allowed: Any) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise RecipeError(f"recipe {path}: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
