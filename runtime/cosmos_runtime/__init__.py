@@ -1,0 +1,89 @@
+"""Run exported Cosmos bundles with numpy and ONNX Runtime; no PyTorch needed.
+
+    import cosmos_runtime as cosmos
+
+    session = cosmos.load("path/to/bundle", provider="cpu")
+    for piece in cosmos.generate_text(session, "Once upon a time", max_new_tokens=50):
+        print(piece, end="", flush=True)
+
+Names are imported on first use, so `import cosmos_runtime` itself costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cosmos_runtime.bundle import Bundle
+    from cosmos_runtime.errors import BundleError, CosmosRuntimeError, InputError, ProviderError, TokenizerError
+    from cosmos_runtime.files import describe_file
+    from cosmos_runtime.generation import Generation, TextGeneration, generate, generate_text
+    from cosmos_runtime.manifest import MANIFEST_NAME, FileEntry, GraphSpec, Manifest, Role, TensorSpec
+    from cosmos_runtime.sampling import Sampling, sample
+    from cosmos_runtime.session import Session, load
+    from cosmos_runtime.tokenizer import TextStream, Tokenizer
+
+    __version__: str
+
+__all__ = [
+    "MANIFEST_NAME",
+    "Bundle",
+    "BundleError",
+    "CosmosRuntimeError",
+    "FileEntry",
+    "Generation",
+    "GraphSpec",
+    "InputError",
+    "Manifest",
+    "ProviderError",
+    "Role",
+    "Sampling",
+    "Session",
+    "TensorSpec",
+    "TextGeneration",
+    "TextStream",
+    "Tokenizer",
+    "TokenizerError",
+    "__version__",
+    "describe_file",
+    "generate",
+    "generate_text",
+    "load",
+    "sample",
+]
+
+_PUBLIC_NAMES = {
+    "bundle": ("Bundle",),
+    "errors": ("BundleError", "CosmosRuntimeError", "InputError", "ProviderError", "TokenizerError"),
+    "files": ("describe_file",),
+    "generation": ("Generation", "TextGeneration", "generate", "generate_text"),
+    "manifest": ("MANIFEST_NAME", "FileEntry", "GraphSpec", "Manifest", "Role", "TensorSpec"),
+    "sampling": ("Sampling", "sample"),
+    "session": ("Session", "load"),
+    "tokenizer": ("TextStream", "Tokenizer"),
+}
+_HOME = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name == "__version__":
+        value: Any = _installed_version()
+    elif name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("cosmos-export")
+    except PackageNotFoundError:  # a source tree on PYTHONPATH
+        return "0+unknown"

@@ -1,0 +1,92 @@
+"""Make an ONNX Runtime session on the provider that was asked for, or say why not.
+
+ONNX Runtime answers a missing or misspelt provider with a CPU session and a warning; here it is an error.
+"""
+
+import contextlib
+import difflib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos_runtime.errors import BundleError, ProviderError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_LOG_ERRORS_ONLY = 3
+_CUDA_CURE = (
+    'install it with: pip install "cosmos-export[gpu]", check the NVIDIA driver, CUDA and cuDNN, or use provider="cpu"'
+)
+
+
+def create_inference_session(graph: Path, provider: str, threads: int) -> "onnxruntime.InferenceSession":
+    """An ONNX Runtime session of `graph` that runs on `provider` ("cpu" or "cuda").
+
+    Raises: ProviderError where the provider is unknown or not available, BundleError where the graph does not load.
+    """
+    wanted = _provider_name(provider)
+    ort = _import_onnxruntime()
+    if provider == "cuda":
+        _prepare_cuda(ort)
+    session = _create(ort, graph, wanted, threads)
+    _check_provider(session, provider)
+    return session
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message: ONNX Runtime adds stack traces below it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _provider_name(provider: str) -> str:
+    if provider in _PROVIDERS:
+        return _PROVIDERS[provider]
+    close = difflib.get_close_matches(str(provider).lower(), _PROVIDERS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ProviderError(f"provider: expected one of {', '.join(_PROVIDERS)}, got {provider!r}{hint}")
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ProviderError(
+            f'ONNX Runtime cannot be imported ({first_line(error)}); install it with: pip install "cosmos-export[cpu]"'
+        ) from error
+    return onnxruntime
+
+
+def _prepare_cuda(ort: Any) -> None:
+    available = ort.get_available_providers()
+    if _PROVIDERS["cuda"] not in available:
+        raise ProviderError(
+            f"provider 'cuda': this ONNX Runtime {ort.__version__} is built for {', '.join(available)}; {_CUDA_CURE}"
+        )
+    if hasattr(ort, "preload_dlls"):
+        # Finds the CUDA libraries that pip installed; what it prints must not mix with a program's output.
+        with contextlib.redirect_stdout(sys.stderr):
+            ort.preload_dlls()
+
+
+def _create(ort: Any, graph: Path, provider: str, threads: int) -> "onnxruntime.InferenceSession":
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    try:
+        # enable_fallback=0 keeps ONNX Runtime from retrying on the CPU after a failure.
+        return ort.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's errors have no common base class
+        if provider == _PROVIDERS["cuda"] and ("CUDA" in str(error) or "CUDNN" in str(error)):
+            raise ProviderError(f"provider 'cuda': {first_line(error)}; {_CUDA_CURE}") from error
+        raise BundleError(
+            f"{graph}: ONNX Runtime cannot load it: {first_line(error)}; export the bundle again"
+        ) from error
+
+
+def _check_provider(session: "onnxruntime.InferenceSession", provider: str) -> None:
+    active = session.get_providers()
+    if not active or active[0] != _PROVIDERS[provider]:
+        raise ProviderError(f"provider {provider!r}: ONNX Runtime could only start {', '.join(active)}; {_CUDA_CURE}")

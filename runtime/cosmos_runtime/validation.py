@@ -1,0 +1,74 @@
+"""Checks of token ids on the host, before a graph sees them.
+
+Providers differ in what they do with a bad id (an error, a wrapped index, silence), so none of them is asked.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from cosmos_runtime.arrays import TokenIds
+from cosmos_runtime.errors import InputError
+from cosmos_runtime.manifest import TensorSpec
+
+
+def token_batch(input_ids: npt.ArrayLike, *, vocab_size: int, max_sequence_length: int) -> TokenIds:
+    """Check token ids and return them as (B, T) int64; a (T,) row becomes a batch of one.
+
+    Raises: InputError for another rank or dtype, an empty batch, T > max_sequence_length, an id outside [0, V).
+    """
+    ids = _integers(input_ids)
+    if ids.ndim not in (1, 2):
+        raise InputError(f"input_ids: expected shape (T,) or (B, T), got {ids.shape}")
+    _check_length(ids, max_sequence_length)
+    _check_range(ids, vocab_size)
+    return np.ascontiguousarray(ids.reshape(-1, ids.shape[-1]), dtype=np.int64)
+
+
+def token_row(prompt_ids: npt.ArrayLike, *, vocab_size: int, max_sequence_length: int) -> TokenIds:
+    """Check one prompt and return it as (T,) int64. Raises: InputError, as `token_batch` does."""
+    ids = _integers(prompt_ids)
+    if ids.ndim != 1:
+        raise InputError(f"prompt_ids: expected one prompt of shape (T,), got {ids.shape}; generate one row at a time")
+    return token_batch(ids, vocab_size=vocab_size, max_sequence_length=max_sequence_length).reshape(-1)
+
+
+def check_fixed_axes(ids: TokenIds, spec: TensorSpec) -> None:
+    """Check (B, T) against the axes that the graph fixes. Raises: InputError naming the axis."""
+    for axis, (wanted, given) in enumerate(zip(spec.shape, ids.shape, strict=True)):
+        if isinstance(wanted, int) and wanted != given:
+            raise InputError(
+                f"input_ids: this bundle fixes the {('batch', 'sequence')[axis]} size at {wanted}, got {given}; "
+                f"give ids of shape {spec.shape} or export with dynamic axes"
+            )
+
+
+def _integers(input_ids: npt.ArrayLike) -> npt.NDArray[np.integer]:
+    try:
+        ids = np.asarray(input_ids)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"input_ids: expected rows of equal length of integers: {error}") from error
+    if ids.size == 0:
+        raise InputError(f"input_ids: expected at least one token, got shape {ids.shape}")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"input_ids: expected integers, got dtype {ids.dtype}; give token ids such as a tokenizer's")
+    return ids
+
+
+def _check_length(ids: npt.NDArray[np.integer], max_sequence_length: int) -> None:
+    length = ids.shape[-1]
+    if length > max_sequence_length:
+        raise InputError(
+            f"input_ids: the model takes at most {max_sequence_length} tokens, got {length}; shorten the input"
+        )
+
+
+def _check_range(ids: npt.NDArray[np.integer], vocab_size: int) -> None:
+    outside = (ids < 0) | (ids >= vocab_size)
+    if not outside.any():
+        return
+    index = np.unravel_index(int(outside.argmax()), ids.shape)
+    place = ", ".join(str(i) for i in index)
+    raise InputError(
+        f"input_ids[{place}]: expected a token id from 0 to {vocab_size - 1}, got {ids[index]}; "
+        f"use the tokenizer that the model was trained with"
+    )

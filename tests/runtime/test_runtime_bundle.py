@@ -1,0 +1,127 @@
+"""Opening a bundle finds what is missing, cut or outside; hashing finds what was altered."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cosmos_runtime import Bundle, BundleError
+
+
+def test_open(bundle_path: Path) -> None:
+    bundle = Bundle.open(str(bundle_path))
+    assert bundle.path == bundle_path
+    assert sorted(bundle.manifest.files) == ["model.onnx", "model.onnx.data", "tokenizer.json"]
+    assert bundle.file("model.onnx") == bundle_path / "model.onnx"
+    with pytest.raises(BundleError, match="'other' is not listed"):
+        bundle.file("other")
+
+
+def test_hashes_of_an_untouched_bundle(bundle_path: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
+    bundle = Bundle.open(bundle_path)
+    bundle.check_hashes(lambda *progress: heard.append(progress))
+    size = sum(entry.size for entry in bundle.manifest.files.values())
+    assert {name for name, _, _ in heard} == set(bundle.manifest.files)
+    assert [done for _, done, _ in heard] == sorted(done for _, done, _ in heard)
+    assert heard[-1][1:] == (size, size)
+
+
+def test_flipped_bit(bundle_path: Path) -> None:
+    data = bundle_path / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[100] ^= 1
+    data.write_bytes(content)
+    bundle = Bundle.open(bundle_path)
+    with pytest.raises(BundleError, match=r"model\.onnx\.data: altered"):
+        bundle.check_hashes()
+
+
+def test_file_removed_after_opening(bundle_path: Path) -> None:
+    bundle = Bundle.open(bundle_path)
+    (bundle_path / "model.onnx").unlink()
+    with pytest.raises(BundleError, match=r"model\.onnx: listed in manifest\.json but missing"):
+        bundle.check_hashes()
+
+
+def test_missing_file(bundle_path: Path) -> None:
+    (bundle_path / "tokenizer.json").unlink()
+    with pytest.raises(BundleError, match=r"tokenizer\.json: listed in manifest\.json but missing"):
+        Bundle.open(bundle_path)
+
+
+def test_truncated_file(bundle_path: Path) -> None:
+    data = bundle_path / "model.onnx.data"
+    size = data.stat().st_size
+    os.truncate(data, size - 1)
+    with pytest.raises(BundleError, match=f"expected {size} bytes, got {size - 1}"):
+        Bundle.open(bundle_path)
+
+
+def test_link_out_of_the_folder(bundle_path: Path, tmp_path: Path) -> None:
+    data = bundle_path / "model.onnx.data"
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="a symbolic link that leaves the bundle"):
+        Bundle.open(bundle_path)
+
+
+def test_link_inside_the_folder(bundle_path: Path) -> None:
+    data = bundle_path / "model.onnx.data"
+    data.rename(bundle_path / "shared")
+    data.symlink_to("shared")
+    Bundle.open(bundle_path).check_hashes()
+
+
+def test_folder_reached_through_a_link(bundle_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(bundle_path)
+    Bundle.open(tmp_path / "link").check_hashes()
+
+
+def test_link_to_itself(bundle_path: Path) -> None:
+    data = bundle_path / "model.onnx.data"
+    data.unlink()
+    data.symlink_to(data)
+    with pytest.raises(BundleError, match="missing"):
+        Bundle.open(bundle_path)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+def test_what_is_not_a_regular_file(bundle_path: Path, make: Callable[[Path], None]) -> None:
+    data = bundle_path / "model.onnx.data"
+    data.unlink()
+    make(data)
+    with pytest.raises(BundleError, match="expected a regular file"):
+        Bundle.open(bundle_path)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no such folder; expected a bundle"):
+        Bundle.open(tmp_path / "nothing")
+
+
+def test_folder_without_manifest(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"has no manifest\.json"):
+        Bundle.open(tmp_path)
+
+
+def test_manifest_that_is_not_utf8(bundle_path: Path) -> None:
+    (bundle_path / "manifest.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Bundle.open(bundle_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("m.pt", "PyTorch file"), ("m.pt2", "PyTorch file"), ("m.onnx", "bare ONNX graph"), ("m.zip", "single file")],
+)
+def test_file_instead_of_folder(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(BundleError, match=rf"expected a bundle: the folder with manifest\.json.* got a {kind}"):
+        Bundle.open(tmp_path / name)
+
+
+def test_file_of_a_bundle_instead_of_its_folder(bundle_path: Path) -> None:
+    with pytest.raises(BundleError, match=f"give its folder instead: {bundle_path}"):
+        Bundle.open(bundle_path / "model.onnx")
