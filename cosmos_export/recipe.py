@@ -12,8 +12,6 @@ from cosmos_runtime.manifest import FULL_SEQUENCE
 from cosmos_export.errors import RecipeError
 from cosmos_export.resources import recipe_path
 
-DEFAULT_RECIPE = "fp32"
-
 PRECISIONS = ("fp32",)
 DIALECTS = ("portable",)
 GRAPHS = (FULL_SEQUENCE,)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from cosmos_export.errors import ConfigError, CosmosExportError, RecipeError
 
+DEFAULT_RECIPE = "fp32"
+
 _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE / "resources" if (_PACKAGE / "resources").is_dir() else _PACKAGE.parent
 

@@ -7,6 +7,7 @@ import torch
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.model.decoder import CosmosDecoder
+from cosmos_export.resources import preset_path
 
 
 def skeleton(config: CosmosAdvancedConfig, *, causal: bool = True) -> CosmosDecoder:
@@ -37,3 +38,8 @@ def random_checkpoint(config: CosmosAdvancedConfig, *, name: str, seed: int = 0)
         model = CosmosDecoder(config)
     origin = {"kind": "preset", "location": name, "seed": seed, "head_layout": "interleave"}
     return Checkpoint.from_tensors(config, model.state_dict(), origin)
+
+
+def preset_checkpoint(name: str, seed: int = 0) -> Checkpoint:
+    """`random_checkpoint` of a model preset. Raises ConfigError for a name that there is not."""
+    return random_checkpoint(CosmosAdvancedConfig.from_file(preset_path(name)), name=name, seed=seed)

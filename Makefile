@@ -1,0 +1,56 @@
+# The two commands of a newcomer are `make demo` and `make test`; both set up .venv first. `make help` lists the rest.
+
+# onnxruntime for the CPU, or onnxruntime-gpu (with its CUDA libraries) where an NVIDIA driver answers.
+ORT ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready-$(ORT)
+RUN := $(VENV)/bin/
+PARITY := build/parity
+
+.PHONY: help setup demo test verify-parity lint format bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY) ## Make .venv and install the project into it (ORT=cpu or ORT=gpu)
+
+# The two onnxruntime packages own the same folder, so the other one goes first.
+$(READY): pyproject.toml constraints.txt
+	@case "$(ORT)" in cpu|gpu) ;; *) echo "ORT must be cpu or gpu, got '$(ORT)'" >&2; exit 2;; esac
+	@test -x $(RUN)python || $(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.ready-*
+	@echo "installing into $(VENV) (onnxruntime: $(ORT)) ..."
+	@$(RUN)python -m pip uninstall -q -y $(if $(filter gpu,$(ORT)),onnxruntime,onnxruntime-gpu) 2>/dev/null
+	@$(RUN)python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[export,dev,$(ORT)]"
+	@touch $@
+
+demo: $(READY) ## Export the demo model, prove it, and print text with it
+	$(RUN)cosmos-export onnx --out bundles/demo --overwrite
+	$(RUN)cosmos-run generate bundles/demo --prompt "ROMEO:" --seed 1 --max-new-tokens 200
+
+test: $(READY) ## Run the tests
+	$(RUN)python -m pytest
+
+verify-parity: $(READY) ## Export and prove the demo, beginner and reduced advanced models; reports in build/parity
+	@mkdir -p $(PARITY)
+	$(RUN)cosmos-export onnx --verify off --overwrite --out $(PARITY)/demo
+	$(RUN)cosmos-export onnx --verify off --overwrite --out $(PARITY)/beginner --preset beginner
+	$(RUN)cosmos-export onnx --verify off --overwrite --out $(PARITY)/advanced-reduced --preset advanced-reduced
+	@for model in demo beginner advanced-reduced; do \
+	  $(RUN)cosmos-export verify $(PARITY)/$$model --json $(PARITY)/$$model.json || exit 1; done
+
+lint: $(READY) ## ruff (lint and format) and mypy
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+
+format: $(READY) ## Let ruff put the code in order
+	$(RUN)ruff check --fix .
+	$(RUN)ruff format .
+
+bench: $(READY) ## Time the runtime against eager PyTorch on the demo model; results in benchmarks/results
+	$(RUN)python benchmarks/full_sequence.py
+
+clean: ## Remove what the other targets made, except .venv
+	rm -rf build bundles .pytest_cache .mypy_cache .ruff_cache .hypothesis

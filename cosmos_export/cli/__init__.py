@@ -1,0 +1,29 @@
+"""`cosmos-export`: registers the commands, no more. One file a command; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import click
+
+from cosmos_export.cli.group import ExportGroup
+from cosmos_export.cli.onnx import onnx_command
+from cosmos_export.cli.verify import verify_command
+
+
+@click.group(cls=ExportGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cosmos-export", prog_name="cosmos-export")
+def main() -> None:
+    """Export Cosmos Advanced checkpoints to bundles that are proven equal to the model.
+
+    A bundle is a folder that `cosmos-run` and ONNX Runtime run without PyTorch.
+
+    \b
+    Examples:
+      cosmos-export onnx                                        # the demo model
+      cosmos-export onnx --checkpoint my-model --out my-bundle
+      cosmos-export verify my-bundle
+      cosmos-run generate my-bundle --prompt "Once upon a time"
+    """
+
+
+main.add_command(onnx_command)
+main.add_command(verify_command)

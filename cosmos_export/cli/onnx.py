@@ -1,0 +1,109 @@
+"""`cosmos-export onnx`: a checkpoint becomes a verified bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cosmos_export.cli.group import fail
+from cosmos_export.resources import DEFAULT_RECIPE, preset_names, recipe_names
+
+if TYPE_CHECKING:
+    from cosmos_export.checkpoint import Checkpoint
+
+
+@click.command("onnx")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Checkpoint folder; default: the demo model.")
+@click.option("--preset", metavar="NAME", help=f"Random weights of a model preset: {', '.join(preset_names())}.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of a preset's weights.")
+@click.option("--out", type=click.Path(path_type=Path), help="The new bundle; default: bundles/MODEL-RECIPE.")
+@click.option(
+    "--recipe",
+    metavar="NAME",
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    help=f"What to make: {', '.join(recipe_names())}, or the path of a .toml file.",
+)
+@click.option(
+    "--head-layout",
+    type=click.Choice(["interleave", "tile"]),
+    default="interleave",
+    show_default=True,
+    help="Order of the checkpoint's query heads; the first published code used tile.",
+)
+@click.option("--causal/--no-causal", default=True, show_default=True, help="Whether a token sees only those before it.")
+@click.option(
+    "--verify",
+    "effort",
+    type=click.Choice(["full", "quick", "off"]),
+    default="full",
+    show_default=True,
+    help="Lengths up to the maximum, up to 256 tokens, or no proof at all.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the bundle at --out once the new one is proven.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def onnx_command(
+    checkpoint: Path | None,
+    preset: str | None,
+    seed: int,
+    out: Path | None,
+    recipe: str,
+    head_layout: str,
+    causal: bool,
+    effort: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Export a model to a bundle and prove the bundle equal to it.
+
+    The bundle appears at --out only when it is proven; a failed export leaves nothing behind and exits with 1.
+
+    \b
+    Examples:
+      cosmos-export onnx
+      cosmos-export onnx --checkpoint my-model --out my-bundle
+      cosmos-export onnx --preset beginner --out beginner-bundle --json
+    """
+    if checkpoint is not None and preset is not None:
+        raise click.UsageError("--checkpoint and --preset each name the model: give one of them.")
+
+    from cosmos_export.cli.terminal import print_report, shown_progress
+    from cosmos_export.errors import ParityError
+    from cosmos_export.parity.verify import Effort
+    from cosmos_export.pipeline import export_onnx
+    from cosmos_export.recipe import ExportRecipe
+
+    chosen = ExportRecipe.load(recipe)
+    source, name = _open(checkpoint, preset, seed, head_layout)
+    target = out or Path("bundles", f"{name}-{chosen.name}")
+    try:
+        with shown_progress() as progress:
+            bundle = export_onnx(
+                source, target, chosen, causal=causal, effort=Effort(effort), overwrite=overwrite, progress=progress
+            )
+    except ParityError as error:
+        print_report(error.report, stderr=True)
+        return fail(f"{error}. Nothing was written to {target}")
+
+    proven = bundle.report.summary() if bundle.report else "NOT verified (--verify off)"
+    if as_json:
+        report = bundle.report.to_dict() if bundle.report else None
+        click.echo(json.dumps({"bundle": str(target), "parity": report}, indent=2))
+    else:
+        if bundle.report:
+            print_report(bundle.report)
+        click.echo(f"{target}: {proven}")
+
+
+def _open(checkpoint: Path | None, preset: str | None, seed: int, head_layout: str) -> tuple[Checkpoint, str]:
+    from cosmos_export.checkpoint import Checkpoint
+    from cosmos_export.model.loading import preset_checkpoint
+    from cosmos_export.resources import demo_checkpoint
+
+    if preset is not None:
+        return preset_checkpoint(preset, seed), preset
+    folder = checkpoint or demo_checkpoint()
+    return Checkpoint.open(folder, head_layout=head_layout), folder.resolve().name

@@ -1,0 +1,51 @@
+"""The gates: how large an error may be, and why. One table by precision, and the only place with a tolerance in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Verdict(StrEnum):
+    """AMBIGUOUS: within the gate, but a best token differs whose lead is smaller than the error that the gate allows."""
+
+    PASS = "PASS"
+    AMBIGUOUS = "AMBIGUOUS"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True)
+class LogitGate:
+    """Allowed error against float64: `eager_factor` times the eager model's own error, plus a share of the range."""
+
+    eager_factor: float
+    range_fraction: float
+    reason: str
+
+    def allowed(self, eager_error: float, logit_range: float) -> float:
+        """The largest absolute error that passes, in logits."""
+        return self.eager_factor * eager_error + self.range_fraction * logit_range
+
+
+GATES = {
+    "fp32": LogitGate(
+        eager_factor=4.0,
+        range_fraction=1e-5,
+        reason="both sides round in float32, in different orders: sums of other blocks and other SIMD widths were seen "
+        "to differ by up to 2.5 times the eager error; 1e-5 of the range keeps a case whose eager error happens to be "
+        "near zero from failing on one rounding. The smallest real fault that the mutation tests make is far above",
+    ),
+}
+
+
+def judge(error: float, allowed: float, flipped_margin: float | None) -> Verdict:
+    """The verdict on one measurement.
+
+    `flipped_margin` is the largest lead that the reference gives to a best token which changed; None where none
+    does. Two logits that are each within `allowed` can change places when they are less than twice that apart.
+    """
+    if not error <= allowed:  # so that NaN fails
+        return Verdict.FAIL
+    if flipped_margin is None:
+        return Verdict.PASS
+    return Verdict.AMBIGUOUS if flipped_margin <= 2 * allowed else Verdict.FAIL

@@ -1,0 +1,42 @@
+"""A small random model, exported once for all tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.config import CosmosAdvancedConfig
+from cosmos_export.model.loading import random_checkpoint
+from cosmos_export.pipeline import ExportedBundle, export_onnx
+from cosmos_export.recipe import ExportRecipe
+
+
+@pytest.fixture(scope="session")
+def small_config() -> CosmosAdvancedConfig:
+    """Grouped heads (6 over 2) and a head_dim that is not dim / n_heads; positions enough for rotary faults to show."""
+    return CosmosAdvancedConfig(
+        dim=48, n_layers=2, head_dim=16, hidden_dim=96, n_heads=6, n_kv_heads=2, vocab_size=160, max_sequence_length=64
+    )
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_config: CosmosAdvancedConfig) -> Checkpoint:
+    """Random weights, ten times the usual size: a model whose attention is not uniform, as a trained one's is not."""
+    checkpoint = random_checkpoint(small_config, name="small", seed=3)
+    tensors = {n: checkpoint.tensor(n) * (10 if checkpoint.tensor(n).dim() > 1 else 1) for n in checkpoint.names}
+    return Checkpoint.from_tensors(small_config, tensors, {"kind": "preset", "location": "small"})
+
+
+@pytest.fixture(scope="session")
+def recipe() -> ExportRecipe:
+    return ExportRecipe.load("fp32")
+
+
+@pytest.fixture(scope="session")
+def small_bundle(
+    small_checkpoint: Checkpoint, recipe: ExportRecipe, tmp_path_factory: pytest.TempPathFactory
+) -> ExportedBundle:
+    out: Path = tmp_path_factory.mktemp("bundles") / "small"
+    return export_onnx(small_checkpoint, out, recipe)
