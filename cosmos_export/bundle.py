@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from cosmos_runtime.files import describe_file
-from cosmos_runtime.manifest import MANIFEST_NAME, GraphSpec, Manifest
 
 from cosmos_export.checkpoint import CONFIG, TOKENIZER, Checkpoint
+from cosmos_export.config import GEOMETRY
 from cosmos_export.errors import TargetError
+from cosmos_export.model.loading import parameter_count
 from cosmos_export.onnx.signature import weights_file
 from cosmos_export.recipe import ExportRecipe
+from cosmos_runtime import MANIFEST_NAME, GraphSpec, Manifest, describe_file
 
 # What was installed at export, for whoever has to make the same bundle again.
 _RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
@@ -54,9 +55,7 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def write_graph(folder: Path, graph: str, file: str, model: ir.Model) -> None:
     """Writes one graph and its weights, tensor by tensor as they are read."""
-    ir.save(
-        model, folder / file, external_data=weights_file(graph), size_threshold_bytes=_EXTERNAL_FROM_BYTES
-    )
+    ir.save(model, folder / file, external_data=weights_file(graph), size_threshold_bytes=_EXTERNAL_FROM_BYTES)
 
 
 def write_companions(folder: Path, checkpoint: Checkpoint) -> None:
@@ -102,14 +101,8 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _model_facts(checkpoint: Checkpoint, causal: bool) -> dict[str, Any]:
     config = checkpoint.config
-    geometry = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_sequence_length")
-    return {**{key: getattr(config, key) for key in geometry}, "causal": causal, "head": "lm", "parameters": _parameters(config)}
-
-
-def _parameters(config: Any) -> int:
-    attention = 2 * config.dim * config.head_dim * (config.n_heads + config.n_kv_heads)
-    layer = attention + 3 * config.dim * config.hidden_dim + 2 * config.dim
-    return config.vocab_size * config.dim + config.n_layers * layer + config.dim
+    geometry = {name: getattr(config, name) for name in GEOMETRY}
+    return {**geometry, "causal": causal, "head": "lm", "parameters": parameter_count(config)}
 
 
 def _installed_versions() -> dict[str, str]:
@@ -128,7 +121,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
         cure = "give another --out, or --overwrite to replace a bundle" if replaceable else "give another --out"
         raise TargetError(f"{target} exists already; {cure}")
     if any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
-        raise TargetError(f"{target} is not a bundle (it has no {MANIFEST_NAME}), so it is not replaced; give another --out")
+        raise TargetError(
+            f"{target} is not a bundle (it has no {MANIFEST_NAME}), so it is not replaced; give another --out"
+        )
 
 
 def _sync(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Checkpoint folders: read tensor by tensor from where they lie, written as safetensors (cosmos_reference, section 8).
 
 A folder holds `config.json` and either `model.safetensors` (or shards with `model.safetensors.index.json`) or
-`pytorch_model.bin`; `tokenizer.json` is optional. Opening one reads names and shapes; a tensor's bytes are mapped when it
-is asked for, so weights that nobody asks for (`learning_engine.*`: 8 GB at dim 1024) are never read.
+`pytorch_model.bin`; `tokenizer.json` is optional. Opening one reads names and shapes; a tensor's bytes are mapped when
+it is asked for, so weights that nobody asks for (`learning_engine.*`: 8 GB at dim 1024) are never read.
 """
 
 from __future__ import annotations

@@ -20,9 +20,12 @@ from cosmos_export.errors import ConfigError
 # Names that a published config.json holds and no forward pass reads. The constructor takes them, so that
 # `CosmosAdvancedConfig(**json.load(f))` works, while a misspelt field is still an error.
 CARRIED_NAMES = frozenset(
-    "window_size gradient_checkpointing lora_rank diffusion latent_dim planning creativity search communication persona "
-    "performance integration analysis language education monitoring".split()
+    {"window_size", "gradient_checkpointing", "lora_rank", "diffusion", "latent_dim"}
+    | {"planning", "creativity", "search", "communication", "persona", "performance"}
+    | {"integration", "analysis", "language", "education", "monitoring"}
 )
+# The sizes that make a model's shape.
+GEOMETRY = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_sequence_length")
 RENAMED = {"max_seq_length": "max_sequence_length"}
 
 
@@ -271,7 +274,16 @@ def _carried_value(owner: Any, name: str) -> Any:
 
 
 def _problems(config: CosmosAdvancedConfig) -> Iterator[str]:
-    for name in ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size", "max_sequence_length"):
+    for name in (
+        "dim",
+        "n_layers",
+        "head_dim",
+        "hidden_dim",
+        "n_heads",
+        "n_kv_heads",
+        "vocab_size",
+        "max_sequence_length",
+    ):
         value = getattr(config, name)
         if not _is_integer(value) or value < 1:
             yield f"{name} must be a positive integer, got {value!r}"

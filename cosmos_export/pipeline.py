@@ -12,8 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmos_runtime.manifest import Manifest
-
 from cosmos_export.bundle import record_parity, seal, staged_folder, write_companions, write_graph
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.errors import ParityError
@@ -26,6 +24,7 @@ from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
+from cosmos_runtime import Manifest
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from cosmos_runtime.manifest import FULL_SEQUENCE
-
 from cosmos_export.errors import RecipeError
 from cosmos_export.resources import recipe_path
+from cosmos_runtime import FULL_SEQUENCE
 
 PRECISIONS = ("fp32",)
 DIALECTS = ("portable",)

@@ -44,9 +44,7 @@ def _stems(folder: str, suffix: str) -> list[str]:
     return sorted(p.stem for p in (_ROOT / folder).glob(f"*{suffix}"))
 
 
-def _resource(
-    folder: str, name: str, suffix: str, names: list[str], error: type[CosmosExportError], what: str
-) -> Path:
+def _resource(folder: str, name: str, suffix: str, names: list[str], error: type[CosmosExportError], what: str) -> Path:
     if name not in names:
         raise error(f"there is no {what} {name!r}; there are: {', '.join(names)}")
     return _ROOT / folder / f"{name}{suffix}"

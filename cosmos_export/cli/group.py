@@ -6,7 +6,7 @@ Exit codes: 0 done and proven, 1 an error or a failed verification, 2 wrong argu
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -18,9 +18,8 @@ class ExportGroup(click.Group):
     """A group whose commands end with one line "error: ..." instead of a traceback when the user can do something."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from cosmos_runtime import CosmosRuntimeError
-
         from cosmos_export.errors import CosmosExportError
+        from cosmos_runtime import CosmosRuntimeError
 
         try:
             return super().invoke(ctx)
@@ -35,7 +34,7 @@ class ExportGroup(click.Group):
             sys.exit(EXIT_INTERRUPTED)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Prints one error line and ends the program."""
     click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(EXIT_ERROR)

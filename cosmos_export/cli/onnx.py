@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command("onnx")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Checkpoint folder; default: the demo model.")
-@click.option("--preset", metavar="NAME", help=f"Random weights of a model preset: {', '.join(preset_names())}.")
+@click.option("--preset", type=click.Choice(preset_names()), help="Random weights of a model preset.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of a preset's weights.")
 @click.option("--out", type=click.Path(path_type=Path), help="The new bundle; default: bundles/MODEL-RECIPE.")
 @click.option(
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="Order of the checkpoint's query heads; the first published code used tile.",
 )
-@click.option("--causal/--no-causal", default=True, show_default=True, help="Whether a token sees only those before it.")
+@click.option(
+    "--causal/--no-causal", default=True, show_default=True, help="Whether a token sees only those before it."
+)
 @click.option(
     "--verify",
     "effort",
@@ -86,7 +88,7 @@ def onnx_command(
             )
     except ParityError as error:
         print_report(error.report, stderr=True)
-        return fail(f"{error}. Nothing was written to {target}")
+        fail(f"{error}. Nothing was written to {target}")
 
     proven = bundle.report.summary() if bundle.report else "NOT verified (--verify off)"
     if as_json:

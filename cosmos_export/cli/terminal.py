@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cosmos_export.parity.gates import Verdict
@@ -27,8 +27,8 @@ class _Stages(Silent):
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
-        self._task = None
-        self._began = time.monotonic()
+        self._task: TaskID | None = None
+        self._title, self._began = "", time.monotonic()
 
     def stage(self, title: str) -> None:
         self.finish()
@@ -49,7 +49,13 @@ class _Stages(Silent):
 @contextlib.contextmanager
 def shown_progress() -> Iterator[Silent]:
     """A progress that is drawn on standard error: bars on a terminal, plain lines elsewhere."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console(stderr=True), transient=True) as bars:
         stages = _Stages(bars)
         yield stages

@@ -26,9 +26,7 @@ from cosmos_export.cli.group import EXIT_ERROR
     metavar="FILE",
     help="Where to write the whole report; '-' prints it instead of the table. Default: BUNDLE.parity.json.",
 )
-def verify_command(
-    bundle: Path, checkpoint: Path | None, quick: bool, provider: str, json_path: str | None
-) -> None:
+def verify_command(bundle: Path, checkpoint: Path | None, quick: bool, provider: str, json_path: str | None) -> None:
     """Compare BUNDLE with its PyTorch model in float64.
 
     The files are hashed, each stored tensor is compared bit for bit, and the runtime's logits are compared over
@@ -39,11 +37,10 @@ def verify_command(
       cosmos-export verify bundles/demo-fp32
       cosmos-export verify my-bundle --checkpoint my-model --json report.json
     """
-    from cosmos_runtime import Bundle
-
     from cosmos_export.cli.terminal import print_report, shown_progress
     from cosmos_export.parity.source import checkpoint_of
     from cosmos_export.parity.verify import Effort, verify_bundle
+    from cosmos_runtime import Bundle
 
     with shown_progress() as progress:
         progress.stage("Hashing the bundle's files")

@@ -16,9 +16,12 @@ def skeleton(config: CosmosAdvancedConfig, *, causal: bool = True) -> CosmosDeco
         return CosmosDecoder(config, causal=causal).eval()
 
 
-def load_decoder(
-    checkpoint: Checkpoint, *, causal: bool = True, dtype: torch.dtype = torch.float32
-) -> CosmosDecoder:
+def parameter_count(config: CosmosAdvancedConfig) -> int:
+    """Parameters of the plain decoder, the tied embedding counted once."""
+    return sum(parameter.numel() for parameter in skeleton(config).parameters())
+
+
+def load_decoder(checkpoint: Checkpoint, *, causal: bool = True, dtype: torch.dtype = torch.float32) -> CosmosDecoder:
     """The eager decoder of a checkpoint, in evaluation mode and of `dtype`; float32 tensors are mapped, not copied.
 
     Raises CheckpointError that lists tensors which are missing or do not fit the configuration.

@@ -1,6 +1,6 @@
 """Rotary position embedding, rotate-half form (RoFormer, arXiv:2104.09864; cosmos_reference, section 2).
 
-    S  max_sequence_length     T  tokens of this call     H  heads     E  head_dim
+S  max_sequence_length     T  tokens of this call     H  heads     E  head_dim
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
 """Every name in an exported graph: inputs, outputs, axes, initializers. They reach the runtime through the manifest.
 
-    batch B    sequence T    V  vocab_size
+batch B    sequence T    V  vocab_size
 """
 
 from __future__ import annotations
 
-from cosmos_runtime.manifest import FULL_SEQUENCE, GraphSpec, Role, TensorSpec
-
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ExportError
+from cosmos_runtime import FULL_SEQUENCE, GraphSpec, Role, TensorSpec
 
 BATCH, SEQUENCE = "batch", "sequence"
 INPUT_IDS, LOGITS = "input_ids", "logits"

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from cosmos_runtime.manifest import FULL_SEQUENCE
 from torch.export import Dim
 
 from cosmos_export.errors import ExportError
 from cosmos_export.model.decoder import CosmosDecoder
 from cosmos_export.onnx.signature import BATCH, INPUT_IDS, LOGITS, SEQUENCE
+from cosmos_runtime import FULL_SEQUENCE
 
 # Sizes to trace with. Neither may equal 1, which torch.export would take for a constant, nor each other.
 _EXAMPLE_BATCH, _EXAMPLE_SEQUENCE = 2, 3
@@ -64,7 +64,9 @@ def _export(model: CosmosDecoder) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(model, (example,), dynamic_shapes=(axes,), strict=False)
     except Exception as error:  # torch raises many types here, none of them public
-        raise ExportError(f"torch.export could not trace the model with dynamic {BATCH} and {SEQUENCE}: {error}") from error
+        raise ExportError(
+            f"torch.export could not trace the model with dynamic {BATCH} and {SEQUENCE}: {error}"
+        ) from error
 
 
 def _forget_values(model: ir.Model) -> None:
@@ -78,7 +80,9 @@ def _name_axes(model: ir.Model) -> None:
     tokens = model.graph.inputs[0]
     if tokens.shape is None:
         raise ExportError(f"the traced graph has no shape for {tokens.name}")
-    names = {str(dim): axis for dim, axis in zip(tokens.shape, (BATCH, SEQUENCE), strict=True) if not isinstance(dim, int)}
+    names = {
+        str(dim): axis for dim, axis in zip(tokens.shape, (BATCH, SEQUENCE), strict=True) if not isinstance(dim, int)
+    }
     for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])

@@ -63,5 +63,5 @@ def _expected_shapes(model: ir.Model) -> Iterator[tuple[str, tuple[int, ...]]]:
     for value in _valueless(model):
         source, transposed = source_of(value.name or "")
         if source not in (ROTARY_COS, ROTARY_SIN) and value.shape is not None:
-            shape = tuple(int(dim) for dim in value.shape)
+            shape = value.shape.numpy()
             yield source, shape[::-1] if transposed else shape

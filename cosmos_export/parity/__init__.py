@@ -1,1 +1,1 @@
-"""Is a bundle equal to its model? `cases` are run by the runtime and by the `reference`, `metrics` measure, `gates` judge."""
+"""Is a bundle equal to its model? The runtime and the `reference` run the `cases`, `metrics` measure, `gates` judge."""

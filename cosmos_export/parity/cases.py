@@ -1,6 +1,6 @@
 """What a bundle is tried with: batches and lengths up to the maximum, and the ids where lookups go wrong.
 
-    B  batch    T  sequence    S  max_sequence_length    V  vocab_size
+B  batch    T  sequence    S  max_sequence_length    V  vocab_size
 """
 
 from __future__ import annotations
@@ -51,7 +51,19 @@ def build_cases(config: CosmosAdvancedConfig, *, quick: bool, seed: int = 0) -> 
 
 def _shapes(limit: int) -> list[tuple[str, int, int]]:
     """(name, B, T) without repetitions; small odd sizes find what a traced constant hides, the last ones the limit."""
-    wanted = [(1, 1), (4, 1), (2, 2), (3, 7), (1, 16), (5, 33), (2, 128), (1, limit // 2), (1, limit - 1), (1, limit), (2, limit)]
+    wanted = [
+        (1, 1),
+        (4, 1),
+        (2, 2),
+        (3, 7),
+        (1, 16),
+        (5, 33),
+        (2, 128),
+        (1, limit // 2),
+        (1, limit - 1),
+        (1, limit),
+        (2, limit),
+    ]
     shapes = dict.fromkeys((batch, min(length, limit)) for batch, length in wanted if length > 0)
     return [(f"{batch} x {length} tokens", batch, length) for batch, length in shapes]
 

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Verdict(StrEnum):
-    """AMBIGUOUS: within the gate, but a best token differs whose lead is smaller than the error that the gate allows."""
+    """AMBIGUOUS: within the gate, but a best token changed whose lead is smaller than what the gate allows."""
 
     PASS = "PASS"
     AMBIGUOUS = "AMBIGUOUS"

@@ -1,6 +1,6 @@
 """How far logits are from their reference: plain numpy, no opinion (opinions are in `gates`).
 
-    N  any leading axes (batch, positions)    V  vocab_size
+N  any leading axes (batch, positions)    V  vocab_size
 """
 
 from __future__ import annotations

@@ -75,7 +75,8 @@ class ParityReport:
     def summary(self) -> str:
         """One sentence for a terminal's last line."""
         if not self.stored.passed:
-            return f"{len(self.stored.problems)} of {self.stored.expected} stored tensors differ: {self.stored.problems[0]}"
+            stored = self.stored
+            return f"{len(stored.problems)} of {stored.expected} stored tensors differ: {stored.problems[0]}"
         failed = [c for c in self.cases if c.verdict is Verdict.FAIL]
         if failed:
             worst = max(failed, key=lambda c: gate_share(c.worst)).worst

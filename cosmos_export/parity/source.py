@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cosmos_runtime import Manifest
-
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.errors import CheckpointError
 from cosmos_export.model.loading import preset_checkpoint
+from cosmos_runtime import Manifest
 
 
 def checkpoint_of(manifest: Manifest, folder: Path | None = None) -> Checkpoint:

@@ -57,4 +57,5 @@ def _difference(name: str, stored: np.ndarray, expected: np.ndarray) -> str | No
     if not len(differing):
         return None
     index = tuple(int(i) for i in np.unravel_index(differing[0], stored.shape))
-    return f"{name} differs in {len(differing)} of {stored.size} values, first at {index}: {stored[index]!r}, expected {expected[index]!r}"
+    values = f"{stored[index]!r}, expected {expected[index]!r}"
+    return f"{name} differs in {len(differing)} of {stored.size} values, first at {index}: {values}"

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from cosmos_runtime import Session, load
-from cosmos_runtime.manifest import FULL_SEQUENCE
 from numpy.typing import NDArray
 
 from cosmos_export.checkpoint import Checkpoint
@@ -20,6 +18,7 @@ from cosmos_export.parity.reference import EagerReference
 from cosmos_export.parity.report import CaseResult, Measurement, ParityReport
 from cosmos_export.parity.stored import compare_stored
 from cosmos_export.progress import Progress, Silent
+from cosmos_runtime import FULL_SEQUENCE, Session, load
 
 # Where errors are looked at: a fault at the first or last position must not hide behind the others' larger range.
 _POSITIONS = {"all": slice(None), "first": slice(0, 1), "last": slice(-1, None)}

@@ -1,7 +1,7 @@
 """The gates bite: a bundle with one fault in it must not pass, and each fault here is one that exporters make.
 
-Faults of the graph are made by exporting a model whose code is changed while it is traced; the reference runs afterwards,
-on the code as it is. Faults of the weights are made in the bundle's own bytes.
+Faults of the graph are made by exporting a model whose code is changed while it is traced; the reference runs
+afterwards, on the code as it is. Faults of the weights are made in the bundle's own bytes.
 """
 
 from __future__ import annotations
@@ -166,15 +166,18 @@ def test_a_fault_of_the_weights_fails(tensor, perturb, logits_show_it, small_bun
 
 
 def test_both_rotary_tables_late_changes_no_logit_but_fails(small_bundle, small_checkpoint, tmp_path):
-    """Attention sees differences of positions only, so this fault is invisible in the logits; the stored tensors tell."""
-    fault = {"rope.cos": _one_position_late_but_consistent(np.cos), "rope.sin": _one_position_late_but_consistent(np.sin)}
+    """Attention sees differences of positions only: the logits cannot show this fault, the stored tensors do."""
+    fault = {
+        "rope.cos": _table_one_position_late(np.cos),
+        "rope.sin": _table_one_position_late(np.sin),
+    }
     report = verify_bundle(_copy_with_fault(small_bundle, tmp_path, fault), small_checkpoint)
     assert report.count(Verdict.FAIL) == 0
     assert not report.passed
     assert {p.split()[0] for p in report.stored.problems} == {"rope.cos", "rope.sin"}
 
 
-def _one_position_late_but_consistent(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], None]:
+def _table_one_position_late(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], None]:
     def shift(table: np.ndarray) -> None:
         length, half = table.shape
         frequencies = 1 / 10000.0 ** (np.arange(half, dtype=np.float64) / half)
@@ -207,9 +210,7 @@ def _export_and_verify(
     return verify_bundle(folder, checkpoint)
 
 
-def _copy_with_fault(
-    bundle: ExportedBundle, tmp_path: Path, faults: dict[str, Callable[[np.ndarray], None]]
-) -> Path:
+def _copy_with_fault(bundle: ExportedBundle, tmp_path: Path, faults: dict[str, Callable[[np.ndarray], None]]) -> Path:
     """A copy of the bundle in which each named initializer was changed in place in the external data."""
     folder = tmp_path / "faulty"
     shutil.copytree(bundle.path, folder)

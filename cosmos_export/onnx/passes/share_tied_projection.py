@@ -40,9 +40,9 @@ def _transposed_shared_weight(node: ir.Node) -> ir.Value | None:
 
 def _replace(node: ir.Node, weight: ir.Value) -> None:
     x, transposed, product = node.inputs[0], node.inputs[1], node.outputs[0]
-    if x is None or transposed is None or weight.shape is None or x.shape is None:
+    if x is None or transposed is None or weight.shape is None or x.shape is None or node.graph is None:
         raise AssertionError("_transposed_shared_weight has checked these")
-    rows, columns = int(weight.shape[0]), int(weight.shape[1])  # V, D
+    rows, columns = weight.shape.numpy()  # V, D
     tape = ir.tape.Tape()
     flat = tape.op("Reshape", [x, _constant(tape, [-1, columns])])
     projected = tape.op("Gemm", [flat, weight], {"transB": 1})
