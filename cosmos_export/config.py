@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -164,7 +164,7 @@ class CosmosAdvancedConfig:
     _key_order: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **settings: Any) -> None:
-        self._build(settings, accepted=CARRIED_NAMES)
+        self._build(settings, carried=settings.pop("extra", {}), accepted=CARRIED_NAMES)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -172,7 +172,7 @@ class CosmosAdvancedConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"a model configuration must be a JSON object, got {type(values).__name__}")
         config = cls.__new__(cls)
-        config._build(values, accepted=values.keys())
+        config._build(values, carried={}, accepted=values.keys())
         # Saved files keep the order of the file they came from: a diff then shows what changed and no more.
         object.__setattr__(config, "_key_order", tuple(values))
         return config
@@ -231,13 +231,13 @@ class CosmosAdvancedConfig:
             raise ConfigError(f"{name!r} was replaced: use {RENAMED[name]!r}")
         return _carried_value(self, name)
 
-    def _build(self, settings: Any, accepted: Any) -> None:
-        object.__setattr__(self, "extra", copy.deepcopy(settings.get("extra", {})))
+    def _build(self, settings: dict[str, Any], carried: dict[str, Any], accepted: Collection[str]) -> None:
+        object.__setattr__(self, "extra", copy.deepcopy(carried))
         for name in _scalar_names():
             setattr(self, name, settings.get(name, getattr(type(self), name)))
         for name, section in SECTIONS.items():
             setattr(self, name, settings.get(name, section()))
-        for name in settings.keys() - set(_public_names()):
+        for name in settings.keys() - {*_scalar_names(), *SECTIONS}:
             if name in RENAMED or name not in accepted:
                 setattr(self, name, settings[name])  # raises, and names the field that was meant
             self.extra[name] = copy.deepcopy(settings[name])

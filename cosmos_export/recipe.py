@@ -40,7 +40,7 @@ class ExportRecipe:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RecipeError(f"recipe {path} cannot be read as TOML: {error}") from None
-        return cls(**_checked(path, {**values, "name": path.stem}))
+        return cls(**_checked(path, values))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for the manifest."""
@@ -48,21 +48,26 @@ class ExportRecipe:
 
 
 def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in fields(ExportRecipe)}
+    known = {f.name for f in fields(ExportRecipe)} - {"name"}  # a recipe is called what its file is called
     unknown, missing = sorted(values.keys() - known), sorted(known - values.keys())
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
-        raise RecipeError(f"recipe {path}: {what}; a recipe has {', '.join(sorted(known - {'name'}))}")
+        raise RecipeError(f"recipe {path}: {what}; a recipe has {', '.join(sorted(known))}")
+    if not isinstance(values["description"], str):
+        raise RecipeError(f"recipe {path}: description must be a text, got {values['description']!r}")
     _check_member(path, "precision", values["precision"], PRECISIONS)
     _check_member(path, "dialect", values["dialect"], DIALECTS)
     _check_member(path, "opset", values["opset"], OPSETS)
-    if not isinstance(values["graphs"], list) or not values["graphs"]:
-        raise RecipeError(f"recipe {path}: graphs must be a list of at least one of {', '.join(GRAPHS)}")
-    for graph in values["graphs"]:
+    graphs = values["graphs"]
+    if not isinstance(graphs, list) or not graphs or any(graphs.count(graph) > 1 for graph in graphs):
+        raise RecipeError(
+            f"recipe {path}: graphs must be a list of at least one of {', '.join(GRAPHS)}, none twice, got {graphs!r}"
+        )
+    for graph in graphs:
         _check_member(path, "graphs", graph, GRAPHS)
-    return {**values, "graphs": tuple(values["graphs"])}
+    return {**values, "name": path.stem, "graphs": tuple(graphs)}
 
 
 def _check_member(path: Path, key: str, value: Any, allowed: Any) -> None:
-    if isinstance(value, bool) or value not in allowed:
+    if type(value) is not type(allowed[0]) or value not in allowed:  # True and 20.0 are no opsets
         raise RecipeError(f"recipe {path}: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# TensorFloat-32 would round the operands of every float32 product to 11 bits: fp32 has to mean fp32.
+_OPTIONS: dict[str, dict[str, str]] = {"CPUExecutionProvider": {}, "CUDAExecutionProvider": {"use_tf32": "0"}}
 _LOG_ERRORS_ONLY = 3
 _CUDA_CURE = (
     'install it with: pip install "cosmos-export[gpu]", check the NVIDIA driver, CUDA and cuDNN, or use provider="cpu"'
@@ -77,7 +79,7 @@ def _create(ort: Any, graph: Path, provider: str, threads: int) -> "onnxruntime.
     options.log_severity_level = _LOG_ERRORS_ONLY
     try:
         # enable_fallback=0 keeps ONNX Runtime from retrying on the CPU after a failure.
-        return ort.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
+        return ort.InferenceSession(graph, options, providers=[(provider, _OPTIONS[provider])], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors have no common base class
         if provider == _PROVIDERS["cuda"] and ("CUDA" in str(error) or "CUDNN" in str(error)):
             raise ProviderError(f"provider 'cuda': {first_line(error)}; {_CUDA_CURE}") from error
