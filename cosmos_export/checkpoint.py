@@ -123,6 +123,8 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     config.save(folder / CONFIG)
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if n != TIED_OUTPUT}
+    if EMBEDDING not in tensors and TIED_OUTPUT in state:
+        tensors[EMBEDDING] = state[TIED_OUTPUT].detach().cpu().contiguous()
     save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
     (folder / SAFETENSORS).chmod(0o644)  # safetensors makes it private; the rest of the folder is not
     parameters = sum(t.numel() for t in tensors.values())
@@ -203,9 +205,14 @@ def _with_one_embedding(stored: dict[str, StoredTensor], folder: Path) -> dict[s
         return stored
     if EMBEDDING in stored:
         embedding, output = stored[EMBEDDING].read(), stored[TIED_OUTPUT].read()
-        if embedding.data_ptr() != output.data_ptr() and not torch.equal(embedding, output):
+        if not _same_view(embedding, output) and not torch.equal(embedding, output):
             raise CheckpointError(
                 f"{folder}: {TIED_OUTPUT} differs from {EMBEDDING}, but this model's output projection is its "
                 f"embedding. An untied model cannot be represented"
             )
     return {EMBEDDING: stored[TIED_OUTPUT], **{n: t for n, t in stored.items() if n != TIED_OUTPUT}}
+
+
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same bytes read the same way, which needs no comparison."""
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)

@@ -29,6 +29,10 @@ GEOMETRY = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim"
 RENAMED = {"max_seq_length": "max_sequence_length"}
 
 
+class _RenamedSettingError(ConfigError, AttributeError):
+    """Reading a name that was replaced: a ConfigError to the user, and "no such attribute" to hasattr."""
+
+
 @dataclass
 class _Section:
     """A group of settings with known fields; other keys of the same group are carried in `extra`."""
@@ -228,7 +232,7 @@ class CosmosAdvancedConfig:
 
     def __getattr__(self, name: str) -> Any:
         if name in RENAMED:
-            raise ConfigError(f"{name!r} was replaced: use {RENAMED[name]!r}")
+            raise _RenamedSettingError(f"{name!r} was replaced: use {RENAMED[name]!r}")
         return _carried_value(self, name)
 
     def _build(self, settings: dict[str, Any], carried: dict[str, Any], accepted: Collection[str]) -> None:

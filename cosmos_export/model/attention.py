@@ -60,7 +60,7 @@ class FullSequenceAttention:
         query, key = rotate(query, self.cos, self.sin), rotate(key, self.cos, self.sin)
         if torch.compiler.is_exporting():  # one block: a loop over a dynamic length has no graph
             return self._attend(query, key, value, self.positions)
-        rows = max(1, _MAX_SCORES // (query.shape[0] * query.shape[2] * query.shape[1]))
+        rows = max(1, _MAX_SCORES // max(1, query.shape[0] * query.shape[2] * query.shape[1]))
         blocks = zip(query.split(rows, dim=1), self.positions.split(rows), strict=True)
         return torch.cat([self._attend(block, key, value, positions) for block, positions in blocks], dim=1)
 
@@ -83,7 +83,8 @@ def grouped_query_attention(
     group = heads // kv_heads
     stacked = query.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)  # (B, K, G, T, E)
     stacked = stacked.reshape(batch, kv_heads, group * length, width)  # (B, K, G*T, E)
-    scores = stacked @ key.permute(0, 2, 3, 1) * width**-0.5  # (B, K, G*T, U)
+    # Scaled before the product: in 16 bits the unscaled one can overflow where the scaled one does not.
+    scores = (stacked * width**-0.5) @ key.permute(0, 2, 3, 1)  # (B, K, G*T, U)
     if allowed is not None:
         allowed = torch.cat([allowed] * group, dim=-2)  # (G*T, U): every query head of a group sees the same keys
         scores = torch.where(allowed, scores, float("-inf"))

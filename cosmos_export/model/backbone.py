@@ -107,7 +107,7 @@ class CosmosBackbone(nn.Module):
         if input_ids.dim() != 2:
             raise ConfigError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
         length, limit = input_ids.shape[1], self.config.max_sequence_length
-        if length > limit:
-            raise ConfigError(f"sequence of {length} tokens, but max_sequence_length is {limit}: pass fewer tokens")
+        if not 0 < length <= limit:
+            raise ConfigError(f"sequence of {length} tokens, expected at least 1, and max_sequence_length is {limit}")
         dropout = self.config.attention_dropout if self.training else 0.0
         return FullSequenceAttention(self.rope, length, causal=self.causal, dropout=dropout)

@@ -57,9 +57,11 @@ class RotaryTable(nn.Module):
     def rebuild(self, device: torch.device, dtype: torch.dtype) -> None:
         """Computes the tables anew, on `device` and in `dtype`; on the meta device they stay shapes."""
         if device.type == "meta":
-            return
-        cos, sin = rotary_tables(self.head_dim, self.theta, self.length, dtype)
-        self.cos, self.sin = cos.to(device), sin.to(device)
+            shape = (self.length, self.head_dim // 2)
+            self.cos, self.sin = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        else:
+            cos, sin = rotary_tables(self.head_dim, self.theta, self.length, dtype)
+            self.cos, self.sin = cos.to(device), sin.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # .double(), .half() and .to() come through here. A converted table would keep float32's rounding in a

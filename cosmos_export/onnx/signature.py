@@ -32,11 +32,12 @@ def graph_spec(graph: str, config: CosmosAdvancedConfig, opset: int) -> GraphSpe
     """Signature of one of a recipe's graphs. Raises ExportError for a graph that this version does not know."""
     if graph != FULL_SEQUENCE:
         raise ExportError(f"no signature for a graph {graph!r}; there is: {FULL_SEQUENCE}")
+    length = SEQUENCE if config.max_sequence_length > 1 else 1  # torch.export has no axis of one possible size
     return GraphSpec(
         file=graph_file(graph),
         opset=opset,
-        inputs=(TensorSpec(INPUT_IDS, Role.TOKENS, "int64", (BATCH, SEQUENCE)),),
-        outputs=(TensorSpec(LOGITS, Role.LOGITS, "float32", (BATCH, SEQUENCE, config.vocab_size)),),
+        inputs=(TensorSpec(INPUT_IDS, Role.TOKENS, "int64", (BATCH, length)),),
+        outputs=(TensorSpec(LOGITS, Role.LOGITS, "float32", (BATCH, length, config.vocab_size)),),
     )
 
 

@@ -60,7 +60,7 @@ def _export(model: CosmosDecoder) -> torch.export.ExportedProgram:
     limit = model.config.max_sequence_length
     # A model of one or two positions has no dynamic length to speak of, but must still trace.
     example = torch.zeros(_EXAMPLE_BATCH, min(_EXAMPLE_SEQUENCE, limit), dtype=torch.int64, device="meta")
-    axes = {0: Dim(BATCH, min=1), 1: Dim(SEQUENCE, min=1, max=limit) if limit > 1 else None}
+    axes = {0: Dim(BATCH, min=1), 1: Dim(SEQUENCE, min=1, max=limit) if limit > 1 else Dim.STATIC}
     try:
         return torch.export.export(model, (example,), dynamic_shapes=(axes,), strict=False)
     except Exception as error:  # torch raises many types here, none of them public

@@ -5,6 +5,7 @@ ONNX Runtime answers a missing or misspelt provider with a CPU session and a war
 
 import contextlib
 import difflib
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,10 +83,16 @@ def _create(ort: Any, graph: Path, provider: str, threads: int) -> "onnxruntime.
         return ort.InferenceSession(graph, options, providers=[(provider, _OPTIONS[provider])], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors have no common base class
         if provider == _PROVIDERS["cuda"] and ("CUDA" in str(error) or "CUDNN" in str(error)):
-            raise ProviderError(f"provider 'cuda': {first_line(error)}; {_CUDA_CURE}") from error
+            raise ProviderError(f"provider 'cuda': {_cuda_cause(error)}; {_CUDA_CURE}") from error
         raise BundleError(
             f"{graph}: ONNX Runtime cannot load it: {first_line(error)}; export the bundle again"
         ) from error
+
+
+def _cuda_cause(error: BaseException) -> str:
+    """ "CUDA failure 100: no CUDA-capable device is detected" without the source lines around it."""
+    cause = re.search(r"(CUDA|CUDNN|CUBLAS) failure \d+: [^;]+", str(error))
+    return cause.group().strip() if cause else first_line(error)
 
 
 def _check_provider(session: "onnxruntime.InferenceSession", provider: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 
 import onnx_ir as ir
 
@@ -20,22 +21,13 @@ class NameByModule(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
-        taken: dict[str, int] = {}
-        for node in model.graph:
-            name = _unique(f"{_module(node)}/{node.op_type}", taken) if node.metadata_props else node.name
-            modified |= name != node.name or bool(node.metadata_props)
-            node.name = name
-            node.metadata_props.clear()
-            for output in node.outputs:
-                output.metadata_props.clear()
-        for value in (*model.graph.inputs, *model.graph.initializers.values()):
-            modified |= bool(value.metadata_props)
-            value.metadata_props.clear()
-        modified |= bool(model.graph.metadata_props or model.metadata_props)
-        model.graph.metadata_props.clear()
-        model.metadata_props.clear()
-        return ir.passes.PassResult(model, modified)
+        traced = [node for node in model.graph if node.metadata_props]
+        taken = {node.name for node in model.graph if not node.metadata_props}
+        for node in traced:
+            node.name = _unique(f"{_module(node)}/{node.op_type}", taken)
+            taken.add(node.name)
+        cleared = [_clear(holder) for holder in _holders(model)]
+        return ir.passes.PassResult(model, any(cleared))
 
 
 def _module(node: ir.Node) -> str:
@@ -45,6 +37,21 @@ def _module(node: ir.Node) -> str:
     return modules[-1] if modules else "model"
 
 
-def _unique(name: str, taken: dict[str, int]) -> str:
-    taken[name] = taken.get(name, -1) + 1
-    return f"{name}_{taken[name]}" if taken[name] else name
+def _unique(name: str, taken: set[str | None]) -> str:
+    """`name`, or the first of name_1, name_2, ... that no node has."""
+    candidates = (f"{name}_{i}" if i else name for i in itertools.count())
+    return next(candidate for candidate in candidates if candidate not in taken)
+
+
+def _holders(model: ir.Model) -> list[ir.Model | ir.Graph | ir.Node | ir.Value]:
+    """Everything that a trace can have left notes on."""
+    holders: list[ir.Model | ir.Graph | ir.Node | ir.Value] = [model, model.graph, *model.graph]
+    holders += [*model.graph.inputs, *model.graph.initializers.values()]
+    return holders + [output for node in model.graph for output in node.outputs]
+
+
+def _clear(holder: ir.Model | ir.Graph | ir.Node | ir.Value) -> bool:
+    """Removes the notes on `holder`; True if there were any."""
+    had = bool(holder.metadata_props)
+    holder.metadata_props.clear()
+    return had

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from cosmos_export.onnx.passes.matching import transposed_matrix
+
 
 class ShareTiedProjection(ir.passes.InPlacePass):
     """A product with a transposed initializer that has other readers becomes a Gemm that transposes as it reads.
@@ -27,15 +29,13 @@ class ShareTiedProjection(ir.passes.InPlacePass):
 
 def _transposed_shared_weight(node: ir.Node) -> ir.Value | None:
     """The initializer w when `node` is MatMul(x, Transpose(w)) and w has readers besides this transpose."""
-    if node.op_type != "MatMul" or node.inputs[1] is None or node.inputs[0] is None or node.inputs[0].shape is None:
+    if node.domain != "" or node.op_type != "MatMul":
         return None
-    transpose = node.inputs[1].producer()
-    if transpose is None or transpose.op_type != "Transpose" or len(node.inputs[1].uses()) != 1:
+    x, transposed = node.inputs
+    if x is None or x.shape is None or transposed is None or len(transposed.uses()) != 1:
         return None
-    weight = transpose.inputs[0]
-    if weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
-        return None
-    return weight if len(weight.uses()) > 1 else None
+    weight = transposed_matrix(transposed.producer())
+    return weight if weight is not None and len(weight.uses()) > 1 else None
 
 
 def _replace(node: ir.Node, weight: ir.Value) -> None:

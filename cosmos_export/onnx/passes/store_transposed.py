@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from cosmos_export.onnx.passes.matching import transposed_matrix
 from cosmos_export.onnx.signature import stored_transposed
 
 
@@ -26,12 +27,8 @@ class StoreTransposed(ir.passes.InPlacePass):
 
 
 def _transposes_weight(node: ir.Node) -> bool:
-    weight = node.inputs[0] if node.op_type == "Transpose" else None
-    if weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
-        return False
-    if weight.const_value is not None or len(weight.uses()) != 1:
-        return False
-    return list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
+    weight = transposed_matrix(node)
+    return weight is not None and weight.const_value is None and len(weight.uses()) == 1
 
 
 def _replace(graph: ir.Graph, node: ir.Node) -> None:
