@@ -70,7 +70,7 @@ def _build(
     specs = {graph: graph_spec(graph, checkpoint.config, recipe.opset) for graph in recipe.graphs}
     for graph, spec in specs.items():
         progress.stage(f"Tracing the {graph} graph")
-        program = run_passes(trace(model, graph, recipe.opset))
+        program = run_passes(trace(model, graph, spec))
         attach_weights(program, checkpoint)
         progress.stage(f"Writing {spec.file} and its weights")
         write_graph(folder, graph, spec.file, program)

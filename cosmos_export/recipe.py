@@ -9,11 +9,11 @@ from typing import Any, Self
 
 from cosmos_export.errors import RecipeError
 from cosmos_export.resources import recipe_path
-from cosmos_runtime import FULL_SEQUENCE
+from cosmos_runtime import DECODER, FULL_SEQUENCE
 
 PRECISIONS = ("fp32",)
-DIALECTS = ("portable",)
-GRAPHS = (FULL_SEQUENCE,)
+DIALECTS = ("portable", "ort")
+GRAPHS = (FULL_SEQUENCE, DECODER)
 # Opset 20 is the oldest that the traced operators need; from 23 on, torch has no exporter target yet.
 OPSETS = range(20, 24)
 

@@ -23,7 +23,7 @@ _MAX_SCORES = 1 << 25
 
 
 class Attend(Protocol):
-    """Rotary embedding and attention of one layer: queries (B,T,H,E), keys and values (B,T,K,E) to (B,T,H,E)."""
+    """Rotary embedding and attention of one layer: query (B, T, H*E), key and value (B, T, K*E) to (B, T, H*E)."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
@@ -33,8 +33,7 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: CosmosAdvancedConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.n_heads, self.n_kv_heads = layer, config.n_heads, config.n_kv_heads
-        self.head_dim = config.head_dim
+        self.layer = layer
         self.q_proj = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
@@ -42,22 +41,24 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        query = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))  # (B, T, H, E)
-        key = self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))  # (B, T, K, E)
-        value = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))  # (B, T, K, E)
-        return self.o_proj(attend(self.layer, query, key, value).flatten(-2))  # (B, T, H*E) -> (B, T, D)
+        return self.o_proj(attend(self.layer, self.q_proj(x), self.k_proj(x), self.v_proj(x)))
 
 
 class FullSequenceAttention:
     """Every position of a sequence at once, nothing remembered: training, the full-sequence graph, the reference."""
 
     def __init__(self, rotary: RotaryTable, length: int, *, causal: bool, dropout: float = 0.0) -> None:
+        self.head_dim = rotary.head_dim
         self.cos, self.sin = rotary(0, length)
         self.positions = torch.arange(length, device=self.cos.device)
         self.causal, self.dropout = causal, dropout
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))  # (B, T, H or K, E)
         query, key = rotate(query, self.cos, self.sin), rotate(key, self.cos, self.sin)
+        return self._attend_in_blocks(query, key, value).flatten(-2)  # (B, T, H*E)
+
+    def _attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if torch.compiler.is_exporting():  # one block: a loop over a dynamic length has no graph
             return self._attend(query, key, value, self.positions)
         rows = max(1, _MAX_SCORES // max(1, query.shape[0] * query.shape[2] * query.shape[1]))

@@ -7,10 +7,23 @@ from __future__ import annotations
 
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ExportError
-from cosmos_runtime import FULL_SEQUENCE, GraphSpec, Role, TensorSpec
+from cosmos_runtime import DECODER, FULL_SEQUENCE, GraphSpec, Role, TensorSpec
 
-BATCH, SEQUENCE = "batch", "sequence"
-INPUT_IDS, LOGITS = "input_ids", "logits"
+# Axes.
+BATCH, SEQUENCE, TOTAL_SEQUENCE, CACHE_LENGTH, NUM_LOGITS = (
+    "batch",
+    "sequence",
+    "total_sequence",
+    "cache_length",
+    "num_logits",
+)
+
+# Inputs and outputs; the decoder's are those that onnxruntime-genai looks for.
+INPUT_IDS, ATTENTION_MASK, LOGIT_OFFSETS, LOGITS = "input_ids", "attention_mask", "logit_offsets", "logits"
+PAST, PRESENT = "past_key_values.{layer}.{part}", "present.{layer}.{part}"
+
+# Inputs that may be left out, and what they are then. The decoder's logits are those of the last position.
+DEFAULT_INPUTS = {LOGIT_OFFSETS: [0]}
 
 # Initializers carry the name of the checkpoint tensor that they hold. One that is stored transposed, (in, out) instead
 # of torch's (out, in), says so in its name.
@@ -20,7 +33,7 @@ ROTARY_COS, ROTARY_SIN = "rope.cos", "rope.sin"
 
 def graph_file(graph: str) -> str:
     """The ONNX file of a graph within its bundle."""
-    return {FULL_SEQUENCE: "model.onnx"}[graph]
+    return {FULL_SEQUENCE: "model.onnx", DECODER: "model.onnx"}[graph]
 
 
 def weights_file(graph: str) -> str:
@@ -30,15 +43,39 @@ def weights_file(graph: str) -> str:
 
 def graph_spec(graph: str, config: CosmosAdvancedConfig, opset: int) -> GraphSpec:
     """Signature of one of a recipe's graphs. Raises ExportError for a graph that this version does not know."""
-    if graph != FULL_SEQUENCE:
-        raise ExportError(f"no signature for a graph {graph!r}; there is: {FULL_SEQUENCE}")
+    if graph not in _SIGNATURES:
+        raise ExportError(f"no signature for a graph {graph!r}; there is: {', '.join(_SIGNATURES)}")
+    inputs, outputs = _SIGNATURES[graph](config)
+    return GraphSpec(file=graph_file(graph), opset=opset, inputs=tuple(inputs), outputs=tuple(outputs))
+
+
+def _full_sequence(config: CosmosAdvancedConfig) -> tuple[list[TensorSpec], list[TensorSpec]]:
     length = SEQUENCE if config.max_sequence_length > 1 else 1  # torch.export has no axis of one possible size
-    return GraphSpec(
-        file=graph_file(graph),
-        opset=opset,
-        inputs=(TensorSpec(INPUT_IDS, Role.TOKENS, "int64", (BATCH, length)),),
-        outputs=(TensorSpec(LOGITS, Role.LOGITS, "float32", (BATCH, length, config.vocab_size)),),
+    return (
+        [TensorSpec(INPUT_IDS, Role.TOKENS, "int64", (BATCH, length))],
+        [TensorSpec(LOGITS, Role.LOGITS, "float32", (BATCH, length, config.vocab_size))],
     )
+
+
+def _decoder(config: CosmosAdvancedConfig) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    inputs = [
+        TensorSpec(INPUT_IDS, Role.TOKENS, "int64", (BATCH, SEQUENCE)),
+        TensorSpec(ATTENTION_MASK, Role.ATTENTION_MASK, "int64", (BATCH, TOTAL_SEQUENCE)),
+        TensorSpec(LOGIT_OFFSETS, Role.LOGIT_OFFSETS, "int64", (NUM_LOGITS,)),
+    ]
+    outputs = [TensorSpec(LOGITS, Role.LOGITS, "float32", (BATCH, NUM_LOGITS, config.vocab_size))]
+    cache = (BATCH, config.n_kv_heads, CACHE_LENGTH, config.head_dim)
+    for layer in range(config.n_layers):
+        for part, past, present in (
+            ("key", Role.PAST_KEY, Role.PRESENT_KEY),
+            ("value", Role.PAST_VALUE, Role.PRESENT_VALUE),
+        ):
+            inputs.append(TensorSpec(PAST.format(layer=layer, part=part), past, "float32", cache))
+            outputs.append(TensorSpec(PRESENT.format(layer=layer, part=part), present, "float32", cache))
+    return inputs, outputs
+
+
+_SIGNATURES = {FULL_SEQUENCE: _full_sequence, DECODER: _decoder}
 
 
 def stored_transposed(name: str) -> str:

@@ -14,35 +14,39 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from torch import Tensor, nn
 from torch.export import Dim
 
 from cosmos_export.errors import ExportError
 from cosmos_export.model.decoder import CosmosDecoder
-from cosmos_export.onnx.signature import BATCH, INPUT_IDS, LOGITS, SEQUENCE
-from cosmos_runtime import FULL_SEQUENCE
+from cosmos_export.onnx.programs import DecoderProgram, FullSequenceProgram
+from cosmos_export.onnx.signature import BATCH, CACHE_LENGTH, DEFAULT_INPUTS, NUM_LOGITS, SEQUENCE, TOTAL_SEQUENCE
+from cosmos_runtime import DECODER, FULL_SEQUENCE, GraphSpec, TensorSpec
 
-# Sizes to trace with. Neither may equal 1, which torch.export would take for a constant, nor each other.
-_EXAMPLE_BATCH, _EXAMPLE_SEQUENCE = 2, 3
+# Sizes to trace with: no two alike, so that none is taken for another, and none 1, which torch.export would take for a
+# constant.
+_EXAMPLE_SIZES = {BATCH: 2, SEQUENCE: 3, TOTAL_SEQUENCE: 5, CACHE_LENGTH: 7, NUM_LOGITS: 4}
+# Axes that no configuration limits.
+_UNLIMITED = (BATCH, NUM_LOGITS)
+
+_PROGRAMS: dict[str, type[nn.Module]] = {FULL_SEQUENCE: FullSequenceProgram, DECODER: DecoderProgram}
+_WITHIN_PROGRAM = "model."  # what a program's wrapping puts before the checkpoint's names
 
 
-def trace(model: CosmosDecoder, graph: str, opset: int) -> ir.Model:
-    """One of a recipe's graphs, traced from a skeleton model.
-
-    full_sequence: input_ids (batch, sequence) to logits (batch, sequence, V).
+def trace(model: CosmosDecoder, graph: str, spec: GraphSpec) -> ir.Model:
+    """One of a recipe's graphs, traced from a skeleton model, with the names, axes and opset of `spec`.
 
     Initializers are left without values; `cosmos_export.onnx.weights` gives them theirs.
-    Raises ExportError when the model cannot be traced with both axes dynamic.
+    Raises ExportError when the model cannot be traced with its axes dynamic.
     """
-    if graph != FULL_SEQUENCE:
-        raise ExportError(f"no trace for a graph {graph!r}; there is: {FULL_SEQUENCE}")
-    program = _export(model)
+    program = _export(_PROGRAMS[graph](model), spec, model.config.max_sequence_length)
     with _quiet():
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
-            opset_version=opset,
-            input_names=[INPUT_IDS],
-            output_names=[LOGITS],
+            opset_version=spec.opset,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
             optimize=False,
             verbose=False,
         )
@@ -52,21 +56,37 @@ def trace(model: CosmosDecoder, graph: str, opset: int) -> ir.Model:
     _forget_values(traced)
     with _quiet():
         onnxscript.optimizer.optimize_ir(traced)
-    _name_axes(traced)
+    _name_initializers(traced)
+    _name_axes(traced, spec)
+    _add_defaults(traced)
     return traced
 
 
-def _export(model: CosmosDecoder) -> torch.export.ExportedProgram:
-    limit = model.config.max_sequence_length
-    # A model of one or two positions has no dynamic length to speak of, but must still trace.
-    example = torch.zeros(_EXAMPLE_BATCH, min(_EXAMPLE_SEQUENCE, limit), dtype=torch.int64, device="meta")
-    axes = {0: Dim(BATCH, min=1), 1: Dim(SEQUENCE, min=1, max=limit) if limit > 1 else Dim.STATIC}
+def _export(program: nn.Module, spec: GraphSpec, limit: int) -> torch.export.ExportedProgram:
+    examples = tuple(_example(tensor, limit) for tensor in spec.inputs)
+    dims = {axis: Dim(axis, min=1, max=None if axis in _UNLIMITED else limit) for axis in _axes(spec)}
+    shapes = tuple({i: dims.get(str(a), Dim.STATIC) for i, a in enumerate(t.shape)} for t in spec.inputs)
     try:
-        return torch.export.export(model, (example,), dynamic_shapes=(axes,), strict=False)
+        with _quiet():
+            return torch.export.export(program, (examples,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:  # torch raises many types here, none of them public
-        raise ExportError(
-            f"torch.export could not trace the model with dynamic {BATCH} and {SEQUENCE}: {error}"
-        ) from error
+        raise ExportError(f"torch.export could not trace with dynamic {', '.join(dims)}: {error}") from error
+
+
+def _axes(spec: GraphSpec) -> list[str]:
+    return list(dict.fromkeys(axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str)))
+
+
+def _example(tensor: TensorSpec, limit: int) -> Tensor:
+    """A tensor without data, of the traced sizes; no longer than the model's positions."""
+    sizes = [_example_size(axis, limit) for axis in tensor.shape]
+    return torch.empty(sizes, dtype=getattr(torch, tensor.dtype), device="meta")
+
+
+def _example_size(axis: int | str, limit: int) -> int:
+    if isinstance(axis, int):
+        return axis
+    return _EXAMPLE_SIZES[axis] if axis in _UNLIMITED else min(_EXAMPLE_SIZES[axis], limit)
 
 
 def _forget_values(model: ir.Model) -> None:
@@ -75,17 +95,31 @@ def _forget_values(model: ir.Model) -> None:
         value.const_value = None
 
 
-def _name_axes(model: ir.Model) -> None:
+def _name_initializers(model: ir.Model) -> None:
+    """Initializers are called what the checkpoint calls their tensors."""
+    for value in list(model.graph.initializers.values()):
+        if value.name and value.name.startswith(_WITHIN_PROGRAM):
+            value.name = value.name.removeprefix(_WITHIN_PROGRAM)
+
+
+def _name_axes(model: ir.Model, spec: GraphSpec) -> None:
     """Replaces torch's symbols (s72, s70) by the axes' names, in inputs, outputs and every value in between."""
-    tokens = model.graph.inputs[0]
-    if tokens.shape is None:
-        raise ExportError(f"the traced graph has no shape for {tokens.name}")
-    names = {
-        str(dim): axis for dim, axis in zip(tokens.shape, (BATCH, SEQUENCE), strict=True) if not isinstance(dim, int)
-    }
+    names: dict[str, str] = {}
+    for value, tensor in zip(model.graph.inputs, spec.inputs, strict=True):
+        for dim, axis in zip(value.shape or (), tensor.shape, strict=True):
+            if isinstance(axis, str):
+                names[str(dim)] = axis
     for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
+
+
+def _add_defaults(model: ir.Model) -> None:
+    """Inputs that may be left out are initializers, too (ONNX IR specification, "initializers": default values)."""
+    for value in model.graph.inputs:
+        if value.name in DEFAULT_INPUTS:
+            value.const_value = ir.tensor(DEFAULT_INPUTS[value.name], dtype=value.dtype, name=value.name)
+            model.graph.initializers.add(value)
 
 
 def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | None:

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from cosmos_runtime.errors import BundleError, CosmosRuntimeError, InputError, ProviderError, TokenizerError
     from cosmos_runtime.files import describe_file
     from cosmos_runtime.generation import Generation, TextGeneration, generate, generate_text
-    from cosmos_runtime.manifest import FULL_SEQUENCE, MANIFEST_NAME, FileEntry, GraphSpec, Manifest, Role, TensorSpec
+    from cosmos_runtime.manifest import (
+        DECODER,
+        FULL_SEQUENCE,
+        MANIFEST_NAME,
+        FileEntry,
+        GraphSpec,
+        Manifest,
+        Role,
+        TensorSpec,
+    )
     from cosmos_runtime.sampling import Sampling, sample
     from cosmos_runtime.session import Session, load
     from cosmos_runtime.tokenizer import TextStream, Tokenizer
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "DECODER",
     "FULL_SEQUENCE",
     "MANIFEST_NAME",
     "Bundle",
@@ -57,7 +67,16 @@ _PUBLIC_NAMES = {
     "errors": ("BundleError", "CosmosRuntimeError", "InputError", "ProviderError", "TokenizerError"),
     "files": ("describe_file",),
     "generation": ("Generation", "TextGeneration", "generate", "generate_text"),
-    "manifest": ("FULL_SEQUENCE", "MANIFEST_NAME", "FileEntry", "GraphSpec", "Manifest", "Role", "TensorSpec"),
+    "manifest": (
+        "DECODER",
+        "FULL_SEQUENCE",
+        "MANIFEST_NAME",
+        "FileEntry",
+        "GraphSpec",
+        "Manifest",
+        "Role",
+        "TensorSpec",
+    ),
     "sampling": ("Sampling", "sample"),
     "session": ("Session", "load"),
     "tokenizer": ("TextStream", "Tokenizer"),

@@ -16,7 +16,10 @@ from cosmos_runtime.json_fields import Fields, parse_object
 MANIFEST_NAME = "manifest.json"
 FORMAT = "cosmos-bundle"
 FORMAT_VERSION = 1
+
+# Graphs: logits of whole sequences, nothing remembered; and new tokens on top of a key/value cache.
 FULL_SEQUENCE = "full_sequence"
+DECODER = "decoder"
 
 DTYPES = ("bool", "int4", "uint4", "int8", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 
@@ -30,6 +33,15 @@ class Role(StrEnum):
 
     TOKENS = "tokens"
     LOGITS = "logits"
+    # 1 for the tokens that a row has, new ones included; padding is on the right.
+    ATTENTION_MASK = "attention_mask"
+    # How far before a row's last token each wanted position lies; may be left out, then only the last.
+    LOGIT_OFFSETS = "logit_offsets"
+    # One a layer, in the layers' order; past and present of a layer may be one buffer.
+    PAST_KEY = "past_key"
+    PAST_VALUE = "past_value"
+    PRESENT_KEY = "present_key"
+    PRESENT_VALUE = "present_value"
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,7 @@ def _export_and_verify(
     spec = graph_spec(GRAPH, checkpoint.config, recipe.opset)
     with monkeypatch.context() as patched:
         mutate(patched)
-        program = trace(skeleton(checkpoint.config), GRAPH, recipe.opset)
+        program = trace(skeleton(checkpoint.config), GRAPH, spec)
     program = run_passes(program)
     attach_weights(program, checkpoint)
     bundles.write_graph(folder, GRAPH, spec.file, program)

@@ -11,6 +11,7 @@ import torch
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.model.loading import random_checkpoint, skeleton
+from cosmos_export.onnx.signature import graph_spec
 from cosmos_export.onnx.trace import trace
 from cosmos_runtime.manifest import FULL_SEQUENCE
 
@@ -55,7 +56,7 @@ def tiny_checkpoint(make_config: Callable[..., CosmosAdvancedConfig]) -> Checkpo
 
 @pytest.fixture(scope="session")
 def _tiny_trace(make_config: Callable[..., CosmosAdvancedConfig]) -> ir.Model:
-    return trace(skeleton(make_config()), FULL_SEQUENCE, 20)
+    return trace(skeleton(make_config()), FULL_SEQUENCE, graph_spec(FULL_SEQUENCE, make_config(), 20))
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_bidirectional_attention_sees_both_ways(tiny_config: CosmosAdvancedConfi
 def test_blocks_of_queries_are_one_block(
     monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, causal: bool, limit: int
 ) -> None:
-    query, key, value = (random(2, 11, n, 8, seed=n) for n in (heads, kv_heads, kv_heads))
+    query, key, value = (random(2, 11, n * 8, seed=n) for n in (heads, kv_heads, kv_heads))
     attend = FullSequenceAttention(RotaryTable(8, 10000.0, 32).double(), 11, causal=causal)
     whole = attend(0, query, key, value)
     blocks: list[int] = []

@@ -56,7 +56,13 @@ VARIANTS: dict[str, Variant] = {
 def exported(request: Any, make_config: MakeConfig, tmp_path_factory: Any) -> Exported:
     changes, opset, causal = VARIANTS[request.param]
     checkpoint = random_checkpoint(make_config(**changes), name="tiny")
-    graph = run_passes(trace(skeleton(checkpoint.config, causal=causal), FULL_SEQUENCE, opset))
+    graph = run_passes(
+        trace(
+            skeleton(checkpoint.config, causal=causal),
+            FULL_SEQUENCE,
+            graph_spec(FULL_SEQUENCE, checkpoint.config, opset),
+        )
+    )
     attach_weights(graph, checkpoint)
     folder = tmp_path_factory.mktemp("graph")
     write_graph(folder, FULL_SEQUENCE, graph_file(FULL_SEQUENCE), graph)
@@ -168,8 +174,6 @@ def test_intermediate_values_have_named_axes(tiny_trace: ir.Model) -> None:
 
 def test_a_graph_that_there_is_not_is_refused_with_those_there_are(tiny_config: CosmosAdvancedConfig) -> None:
     with pytest.raises(ExportError, match=r"'decode'.*full_sequence"):
-        trace(skeleton(tiny_config), "decode", 20)
-    with pytest.raises(ExportError, match=r"'decode'.*full_sequence"):
         graph_spec("decode", tiny_config, 20)
 
 
@@ -177,7 +181,7 @@ def test_a_model_that_cannot_be_traced_is_an_export_error(tiny_config: CosmosAdv
     model = skeleton(tiny_config)
     model.forward = lambda input_ids: model.tok_embeddings(input_ids[:, : int(input_ids.sum())])  # data-dependent
     with pytest.raises(ExportError, match=r"batch.*sequence"):
-        trace(model, FULL_SEQUENCE, 20)
+        trace(model, FULL_SEQUENCE, graph_spec(FULL_SEQUENCE, model.config, 20))
 
 
 def test_an_initializer_of_another_type_is_refused(tiny_trace: ir.Model, tiny_checkpoint: Checkpoint) -> None:

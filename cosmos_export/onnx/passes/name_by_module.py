@@ -34,7 +34,7 @@ def _module(node: ir.Node) -> str:
     """The innermost module's path, such as layers.0.attention; what belongs to no module is the model's."""
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
     modules = [scope for scope in scopes[:-1] if scope and not scope.startswith("_")]
-    return modules[-1] if modules else "model"
+    return modules[-1].removeprefix("model.") if modules else "model"
 
 
 def _unique(name: str, taken: set[str | None]) -> str:

@@ -1,0 +1,60 @@
+"""What is traced: one module a graph, around the one model. Each knows what its inputs and outputs mean, in the order
+of its `GraphSpec`; what they are called is `signature`'s.
+
+    B  batch    T  new tokens    N  tokens in all    L  cache length    K  kv heads    E  head_dim    V  vocabulary
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos_export.model.backbone import CosmosBackbone
+from cosmos_export.onnx.fused_attention import FusedAttention
+
+
+class FullSequenceProgram(nn.Module):
+    """input_ids (B, T) to logits (B, T, V)."""
+
+    def __init__(self, model: CosmosBackbone) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (input_ids,) = inputs
+        return (self.model.logits(self.model.hidden_states(input_ids)),)
+
+
+class DecoderProgram(nn.Module):
+    """Prefill and decode: T new tokens on top of a cache, in place, logits of the positions that are asked for.
+
+    Inputs: input_ids (B, T); attention_mask (B, N), 1 for the tokens that a row has, padding on the right, N the
+    longest row's; logit_offsets (n,), how far before its last token each wanted position of a row lies; then key and
+    value cache (B, K, L, E) of every layer. Outputs: logits (B, n, V), then the caches with the new tokens in them.
+    A row's new tokens are its last ones. More than one new token on top of a filled cache wants B = 1, as the operator.
+    """
+
+    def __init__(self, model: CosmosBackbone) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        input_ids, attention_mask, logit_offsets, *cache = inputs
+        attend = FusedAttention(self.model.config, self.model.rope, attention_mask, cache)
+        hidden = self.model.hidden_states(input_ids, attend)  # (B, T, D)
+        wanted = _pick(hidden, attention_mask, logit_offsets)  # (B, n, D)
+        return (self.model.logits(wanted), *attend.cache)
+
+
+def _pick(hidden: Tensor, attention_mask: Tensor, offsets: Tensor) -> Tensor:
+    """The rows of `hidden` (B, T, D) that lie `offsets` (n,) before each batch row's last token: (B, n, D).
+
+    With right padding a row's last token of a prefill is where its mask ends; when decoding it is the only one.
+    """
+    batch, length, _ = hidden.shape
+    before = attention_mask.shape[1] - length  # tokens of the longest row that were there already
+    last = (attention_mask.sum(1) - 1 - before).clamp(min=0)  # (B,)
+    position = (last[:, None] - offsets).clamp(min=0)  # (B, n)
+    first_of_row = torch.arange(batch, device=hidden.device)[:, None] * length
+    return F.embedding(first_of_row + position, hidden.flatten(0, 1))  # a Gather of whole rows
