@@ -7,6 +7,7 @@ VENV := .venv
 READY := $(VENV)/.ready-$(ORT)
 RUN := $(VENV)/bin/
 PARITY := build/parity
+comma := ,
 
 .PHONY: help setup demo test verify-parity lint format bench clean
 
@@ -22,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	@rm -f $(VENV)/.ready-*
 	@echo "installing into $(VENV) (onnxruntime: $(ORT)) ..."
 	@$(RUN)python -m pip uninstall -q -y $(if $(filter gpu,$(ORT)),onnxruntime,onnxruntime-gpu) 2>/dev/null
-	@$(RUN)python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[export,dev,$(ORT)]"
+	@$(RUN)python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[export,dev,$(ORT)$(if $(filter cpu,$(ORT)),$(comma)genai)]"
 	@touch $@
 
 demo: $(READY) ## Export the demo model, prove it, and print text with it
@@ -32,13 +33,15 @@ demo: $(READY) ## Export the demo model, prove it, and print text with it
 test: $(READY) ## Run the tests
 	$(RUN)python -m pytest
 
+# Each is MODEL/RECIPE: every recipe on the trained model, the default one on the geometries of the other presets.
+PROVEN := $(foreach r,fp32 cpu-fp32 cpu-int8 cpu-int4 portable-fp32,demo/$(r)) beginner/cpu-fp32 advanced-reduced/cpu-fp32
+
 verify-parity: $(READY) ## Export and prove the demo, beginner and reduced advanced models; reports in build/parity
 	@mkdir -p $(PARITY)
-	$(RUN)cosmos-export onnx --verify off --overwrite --out $(PARITY)/demo
-	$(RUN)cosmos-export onnx --verify off --overwrite --out $(PARITY)/beginner --preset beginner
-	$(RUN)cosmos-export onnx --verify off --overwrite --out $(PARITY)/advanced-reduced --preset advanced-reduced
-	@for model in demo beginner advanced-reduced; do \
-	  $(RUN)cosmos-export verify $(PARITY)/$$model --json $(PARITY)/$$model.json || exit 1; done
+	@for it in $(PROVEN); do model=$${it%/*}; recipe=$${it#*/}; bundle=$(PARITY)/$$model-$$recipe; \
+	  source=$$(test $$model = demo || echo --preset $$model); \
+	  $(RUN)cosmos-export onnx $$source --recipe $$recipe --verify off --overwrite --out $$bundle && \
+	  $(RUN)cosmos-export verify $$bundle --json $$bundle.json || exit 1; done
 
 lint: $(READY) ## ruff (lint and format) and mypy
 	$(RUN)ruff check .

@@ -32,7 +32,7 @@ from cosmos_export.model.loading import load_decoder
 from cosmos_export.parity.verify import Effort
 from cosmos_export.pipeline import export_onnx
 from cosmos_export.recipe import ExportRecipe
-from cosmos_export.resources import DEFAULT_RECIPE, demo_checkpoint
+from cosmos_export.resources import demo_checkpoint
 from cosmos_runtime import load
 
 RESULTS = Path(__file__).parent / "results" / "full_sequence.json"
@@ -48,7 +48,7 @@ def main(pairs: int, threads: int) -> None:
     torch.set_num_threads(threads)
     model = load_decoder(checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = export_onnx(checkpoint, Path(scratch, "demo"), ExportRecipe.load(DEFAULT_RECIPE), effort=Effort.OFF)
+        bundle = export_onnx(checkpoint, Path(scratch, "demo"), ExportRecipe.load("fp32"), effort=Effort.OFF)
         session = load(bundle.path, threads=threads)
         rows = [_compare(length, model, session, checkpoint.config.vocab_size, pairs) for length in LENGTHS]
     _print(rows)

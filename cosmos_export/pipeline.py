@@ -14,8 +14,11 @@ from pathlib import Path
 
 from cosmos_export.bundle import record_parity, seal, staged_folder, write_companions, write_graph
 from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ParityError
 from cosmos_export.model.loading import skeleton
+from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
+from cosmos_export.onnx.genai import write_genai
 from cosmos_export.onnx.passes import run_passes
 from cosmos_export.onnx.signature import graph_spec
 from cosmos_export.onnx.trace import trace
@@ -24,7 +27,7 @@ from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
-from cosmos_runtime import Manifest
+from cosmos_runtime import DECODER, Manifest
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,11 @@ def export_onnx(
 ) -> ExportedBundle:
     """Exports a checkpoint to a bundle at `out` and proves it equal to the model.
 
-    Raises TargetError, CheckpointError or ExportError, and ParityError (its `report` says where) when the bundle is not
-    equal to the model; in every case `out` is as it was before.
+    Raises RecipeError, TargetError, CheckpointError or ExportError, and ParityError (its `report` says where) when the
+    bundle is not equal to the model; in every case `out` is as it was before.
     """
     out, progress = Path(out), progress or Silent()
+    recipe.check_fits(checkpoint.config, causal=causal)
     with staged_folder(out, overwrite=overwrite) as folder:
         manifest = _build(folder, out.name, checkpoint, recipe, causal, progress)
         report = None
@@ -66,14 +70,27 @@ def export_onnx(
 def _build(
     folder: Path, name: str, checkpoint: Checkpoint, recipe: ExportRecipe, causal: bool, progress: Progress
 ) -> Manifest:
-    model = skeleton(checkpoint.config, causal=causal)
-    specs = {graph: graph_spec(graph, checkpoint.config, recipe.opset) for graph in recipe.graphs}
+    config = checkpoint.config
+    model, fused = skeleton(config, causal=causal), _fuses_attention(recipe, config, progress)
+    specs = {graph: graph_spec(graph, config, recipe.opset) for graph in recipe.graphs}
     for graph, spec in specs.items():
         progress.stage(f"Tracing the {graph} graph")
-        program = run_passes(trace(model, graph, spec))
-        attach_weights(program, checkpoint)
+        program = run_passes(trace(model, graph, spec, fused_attention=fused), recipe)
+        attach_weights(program, checkpoint, recipe)
         progress.stage(f"Writing {spec.file} and its weights")
         write_graph(folder, graph, spec.file, program)
+    if DECODER in specs and fused:
+        write_genai(folder, specs[DECODER].file, config)
     progress.stage("Sealing the bundle")
     write_companions(folder, checkpoint)
     return seal(folder, name, checkpoint, recipe, specs, causal)
+
+
+def _fuses_attention(recipe: ExportRecipe, config: CosmosAdvancedConfig, progress: Progress) -> bool:
+    fused = recipe.fuses_attention(config)
+    if recipe.dialect == "ort" and DECODER in recipe.graphs and not fused:
+        progress.note(
+            f"head_dim {config.head_dim} is no multiple of {HEAD_DIM_MULTIPLE}, which the fused attention wants: "
+            f"attention is exported in standard operators, and decodes more slowly"
+        )
+    return fused

@@ -14,6 +14,9 @@ class Progress(Protocol):
     def update(self, done: int, total: int) -> None:
         """`done` of `total` units of the current stage are finished."""
 
+    def note(self, text: str) -> None:
+        """Something that the user should know, though it is no error."""
+
 
 class Silent:
     """Tells nobody: the default of every library call."""
@@ -22,4 +25,7 @@ class Silent:
         pass
 
     def update(self, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass

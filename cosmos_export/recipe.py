@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from cosmos_export.checkpoint import EMBEDDING, Checkpoint
+from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import RecipeError
+from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
+from cosmos_export.onnx.quantize import Quantization
+from cosmos_export.onnx.signature import PACKED_PROJECTIONS
 from cosmos_export.resources import recipe_path
 from cosmos_runtime import DECODER, FULL_SEQUENCE
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "int8", "int4")
 DIALECTS = ("portable", "ort")
 GRAPHS = (FULL_SEQUENCE, DECODER)
-# Opset 20 is the oldest that the traced operators need; from 23 on, torch has no exporter target yet.
+# Opset 20 is the oldest that the traced operators need; 23 is the newest that torch translates to.
 OPSETS = range(20, 24)
+
+# Matrices that can be quantised in a way of their own, by the name of the projection.
+PROJECTIONS = ("qkv_proj", "o_proj", "w1_w3", "w2")
+BITS, BLOCK_SIZES, ACCURACY_LEVELS = (4, 8), (16, 32, 64, 128, 256), (0, 1, 4)
 
 
 @dataclass(frozen=True)
 class ExportRecipe:
-    """What to make of a model: number format, operator dialect, ONNX opset and which graphs."""
+    """What to make of a model: number format, operator dialect, ONNX opset and which graphs.
+
+    `quantization` is how the projections are stored, unless `overrides` names another way for one of them;
+    `embedding` is how the tied table is. None means float32.
+    """
 
     name: str
     description: str
@@ -28,6 +43,9 @@ class ExportRecipe:
     dialect: str
     opset: int
     graphs: tuple[str, ...]
+    quantization: Quantization | None = None
+    embedding: Quantization | None = None
+    overrides: Mapping[str, Quantization] = field(default_factory=dict)
 
     @classmethod
     def load(cls, name: str) -> Self:
@@ -42,14 +60,55 @@ class ExportRecipe:
             raise RecipeError(f"recipe {path} cannot be read as TOML: {error}") from None
         return cls(**_checked(path, values))
 
+    @classmethod
+    def from_manifest(cls, values: Mapping[str, Any]) -> Self:
+        """The recipe that a manifest recorded with `to_dict`."""
+        return cls(**_checked(Path(values["name"]), {k: v for k, v in values.items() if k != "name"}))
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, for the manifest."""
-        return {**asdict(self), "graphs": list(self.graphs)}
+        """Plain JSON values, for the manifest; what is not quantised is left out."""
+        values = {**asdict(self), "graphs": list(self.graphs)}
+        return {key: value for key, value in values.items() if value not in (None, {})}
+
+    def form_of(self, source: str) -> Quantization | None:
+        """How the checkpoint tensor (or packed projection) `source` is quantised; None for float32."""
+        if source == EMBEDDING:
+            return self.embedding
+        projection = source.split(".")[-2] if source.count(".") else ""
+        for packed, parts in PACKED_PROJECTIONS.items():
+            projection = packed if projection in parts else projection
+        return self.overrides.get(projection, self.quantization) if projection in PROJECTIONS else None
+
+    def fuses_attention(self, config: CosmosAdvancedConfig) -> bool:
+        """Whether the decoder's attention is ONNX Runtime's own operator: not in every dialect, nor at every width."""
+        return self.dialect == "ort" and config.head_dim % HEAD_DIM_MULTIPLE == 0
+
+    def as_computed(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint that a bundle of this recipe computes with: each tensor as it is after rounding."""
+        from cosmos_export.onnx.weights import WeightReader
+
+        reader = WeightReader(checkpoint, self)
+        stored = {n: replace(t, read=partial(reader.effective, n)) for n, t in checkpoint.stored.items()}
+        return replace(checkpoint, stored=stored, head_layout="interleave")
+
+    def check_fits(self, config: CosmosAdvancedConfig, *, causal: bool) -> None:
+        """Raises RecipeError when this recipe cannot be made of a model of this configuration."""
+        if DECODER in self.graphs and not causal:
+            raise RecipeError(
+                f"recipe {self.name} has a key/value cache, and a model without causal mask cannot have one: "
+                f"a token that is cached could not see those after it. Use --recipe fp32"
+            )
+        if self.embedding is not None and config.dim % self.embedding.block_size:
+            raise RecipeError(
+                f"recipe {self.name} quantises the embedding in blocks of {self.embedding.block_size}, which does not "
+                f"divide dim {config.dim}; use a recipe with another embedding.block_size"
+            )
 
 
 def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in fields(ExportRecipe)} - {"name"}  # a recipe is called what its file is called
-    unknown, missing = sorted(values.keys() - known), sorted(known - values.keys())
+    required = known - {"quantization", "embedding", "overrides"}
+    unknown, missing = sorted(values.keys() - known), sorted(required - values.keys())
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
         raise RecipeError(f"recipe {path}: {what}; a recipe has {', '.join(sorted(known))}")
@@ -58,6 +117,15 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     _check_member(path, "precision", values["precision"], PRECISIONS)
     _check_member(path, "dialect", values["dialect"], DIALECTS)
     _check_member(path, "opset", values["opset"], OPSETS)
+    return {
+        **values,
+        "name": path.name.removesuffix(".toml"),
+        "graphs": _graphs(path, values),
+        **_quantization(path, values),
+    }
+
+
+def _graphs(path: Path, values: dict[str, Any]) -> tuple[str, ...]:
     graphs = values["graphs"]
     if not isinstance(graphs, list) or not graphs or any(graphs.count(graph) > 1 for graph in graphs):
         raise RecipeError(
@@ -65,7 +133,38 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         )
     for graph in graphs:
         _check_member(path, "graphs", graph, GRAPHS)
-    return {**values, "name": path.stem, "graphs": tuple(graphs)}
+    return tuple(graphs)
+
+
+def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    forms: dict[str, Any] = {k: _form(path, k, values[k]) for k in ("quantization", "embedding") if k in values}
+    overrides = values.get("overrides", {})
+    if not isinstance(overrides, dict):
+        raise RecipeError(f"recipe {path}: overrides must be a table of projections, got {overrides!r}")
+    for projection in overrides:
+        _check_member(path, "overrides", projection, PROJECTIONS)
+    forms["overrides"] = {name: _form(path, f"overrides.{name}", value) for name, value in overrides.items()}
+    given = [key for key in ("quantization", "embedding", "overrides") if forms.get(key)]
+    if values["precision"] == "fp32" and given:
+        raise RecipeError(f"recipe {path}: precision 'fp32' rounds nothing, got [{given[0]}]; leave it out")
+    if values["precision"] != "fp32" and "quantization" not in forms:
+        raise RecipeError(f"recipe {path}: precision {values['precision']!r} needs a [quantization]")
+    if values["precision"] != "fp32" and values["dialect"] != "ort":
+        raise RecipeError(f"recipe {path}: quantisation needs dialect 'ort', got {values['dialect']!r}")
+    if "embedding" in forms and not forms["embedding"].symmetric:
+        raise RecipeError(f"recipe {path}: embedding.symmetric must be true: one table serves lookup and product")
+    return forms
+
+
+def _form(path: Path, key: str, value: Any) -> Quantization:
+    names = {f.name for f in fields(Quantization)}
+    if not isinstance(value, dict) or value.keys() != names:
+        raise RecipeError(f"recipe {path}: {key} must have exactly {', '.join(sorted(names))}, got {value!r}")
+    _check_member(path, f"{key}.bits", value["bits"], BITS)
+    _check_member(path, f"{key}.block_size", value["block_size"], BLOCK_SIZES)
+    _check_member(path, f"{key}.symmetric", value["symmetric"], (True, False))
+    _check_member(path, f"{key}.accuracy_level", value["accuracy_level"], ACCURACY_LEVELS)
+    return Quantization(**value)
 
 
 def _check_member(path: Path, key: str, value: Any, allowed: Any) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cosmos_export.errors import ConfigError, CosmosExportError, RecipeError
 
-DEFAULT_RECIPE = "fp32"
+# What is exported when nobody says how: with a key/value cache, which only a causal model can have.
+DEFAULT_RECIPES = {True: "cpu-fp32", False: "fp32"}
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE / "resources" if (_PACKAGE / "resources").is_dir() else _PACKAGE.parent

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cosmos_export.cli.group import fail
-from cosmos_export.resources import DEFAULT_RECIPE, preset_names, recipe_names
+from cosmos_export.resources import DEFAULT_RECIPES, preset_names, recipe_names
 
 if TYPE_CHECKING:
     from cosmos_export.checkpoint import Checkpoint
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 @click.option(
     "--recipe",
     metavar="NAME",
-    default=DEFAULT_RECIPE,
-    show_default=True,
-    help=f"What to make: {', '.join(recipe_names())}, or the path of a .toml file.",
+    help=f"What to make: {', '.join(recipe_names())}, or the path of a .toml file; "
+    f"default: {DEFAULT_RECIPES[True]}, with --no-causal {DEFAULT_RECIPES[False]}.",
 )
 @click.option(
     "--head-layout",
@@ -52,7 +51,7 @@ def onnx_command(
     preset: str | None,
     seed: int,
     out: Path | None,
-    recipe: str,
+    recipe: str | None,
     head_layout: str,
     causal: bool,
     effort: str,
@@ -78,7 +77,7 @@ def onnx_command(
     from cosmos_export.pipeline import export_onnx
     from cosmos_export.recipe import ExportRecipe
 
-    chosen = ExportRecipe.load(recipe)
+    chosen = ExportRecipe.load(recipe or DEFAULT_RECIPES[causal])
     source, name = _open(checkpoint, preset, seed, head_layout)
     target = out or Path("bundles", f"{name}-{chosen.name}")
     try:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from cosmos_export.parity.gates import Verdict
+from cosmos_export.parity.gates import Arithmetic, Verdict
+from cosmos_export.parity.quality import Quality
 from cosmos_export.parity.report import CaseResult, ParityReport, gate_share
 from cosmos_export.progress import Silent
 
@@ -38,6 +39,9 @@ class _Stages(Silent):
     def update(self, done: int, total: int) -> None:
         if self._task is not None:
             self._bars.update(self._task, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(f"  note: {text}", style="yellow")
 
     def finish(self) -> None:
         if self._task is not None:
@@ -68,19 +72,38 @@ def print_report(report: ParityReport, *, stderr: bool = False) -> None:
     table = Table(title=f"{report.bundle} against the eager model in float64 (largest errors, in logits)")
     table.title_justify = "left"
     table.add_column("case", no_wrap=True)
-    for heading in ("error", "eager fp32", "allowed", "of gate"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for case in report.cases:
-        table.add_row(*_cells(case))
+    for heading in ("error", "eager", "allowed", "of gate"):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=7)
+    table.add_column("verdict", no_wrap=True, min_width=9)
+    for arithmetic in dict.fromkeys(case.arithmetic for case in report.cases):
+        table.add_section()
+        if arithmetic is not Arithmetic.FLOAT32:
+            table.add_row(f"[dim]{arithmetic}:[/]")
+        for case in report.cases:
+            if case.arithmetic is arithmetic:
+                table.add_row(*_cells(case))
     out.print(table)
-    stored = report.stored
-    colour = "green" if stored.passed else "bold red"
-    out.print(f"stored tensors equal bit for bit: [{colour}]{stored.equal} of {stored.expected}[/]")
-    for problem in stored.problems[:8]:
+    if report.count(Verdict.AMBIGUOUS):
+        out.print("AMBIGUOUS: a best token changed where the reference's lead is less than the gate's tolerance")
+    colour = "bold red" if report.stored_problems else "green"
+    expected = sum(s.expected for s in report.stored)
+    out.print(f"stored tensors equal bit for bit: [{colour}]{report.stored_equal} of {expected}[/]")
+    for problem in report.stored_problems[:8]:
         out.print(problem, style="red", markup=False)
+    if report.quality is not None:
+        _print_quality(out, report.quality)
     for skipped in report.skipped:
         out.print(f"not run: {skipped.name}: {skipped.reason}")
+
+
+def _print_quality(out: Console, quality: Quality) -> None:
+    verdict = {True: "[green]PASS[/]", False: "[bold red]FAIL[/]", None: "not gated"}[quality.passed]
+    out.print(
+        f"against the model before rounding, {quality.tokens} tokens of {quality.text}: "
+        f"mean KL divergence {quality.mean_kl_divergence:.2g} nats (99.9 %: {quality.kl_divergence_999:.2g}), "
+        f"same best token {quality.top1_agreement:.1%}, "
+        f"perplexity {quality.perplexity:.2f} ({quality.model_perplexity:.2f} before): {verdict}"
+    )
 
 
 def _cells(case: CaseResult) -> tuple[str, ...]:
@@ -89,7 +112,7 @@ def _cells(case: CaseResult) -> tuple[str, ...]:
     if case.nonfinite:
         notes.append(f"{case.nonfinite} NaN or Inf")
     elif case.top1_changes:
-        notes.append(f"best token changed at {case.top1_changes}")
+        notes.append(f"{case.top1_changes} changed")
     return (
         case.name,
         f"{worst.error:.1e}",

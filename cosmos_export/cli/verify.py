@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import click
 
@@ -19,6 +20,11 @@ from cosmos_export.cli.group import EXIT_ERROR
     help="The checkpoint it was made from; default: where the manifest says that was.",
 )
 @click.option("--quick", is_flag=True, help="Only sequences of up to 256 tokens.")
+@click.option(
+    "--text",
+    type=click.File(encoding="utf-8"),
+    help="Also measure divergence and perplexity on this file; default for a quantised bundle: text it writes itself.",
+)
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device.")
 @click.option(
     "--json",
@@ -26,7 +32,9 @@ from cosmos_export.cli.group import EXIT_ERROR
     metavar="FILE",
     help="Where to write the whole report; '-' prints it instead of the table. Default: BUNDLE.parity.json.",
 )
-def verify_command(bundle: Path, checkpoint: Path | None, quick: bool, provider: str, json_path: str | None) -> None:
+def verify_command(
+    bundle: Path, checkpoint: Path | None, quick: bool, text: TextIO | None, provider: str, json_path: str | None
+) -> None:
     """Compare BUNDLE with its PyTorch model in float64.
 
     The files are hashed, each stored tensor is compared bit for bit, and the runtime's logits are compared over
@@ -52,6 +60,7 @@ def verify_command(bundle: Path, checkpoint: Path | None, quick: bool, provider:
             causal=opened.manifest.model["causal"],
             effort=Effort.QUICK if quick else Effort.FULL,
             provider=provider,
+            text=text.read() if text else None,
             progress=progress,
         )
     document = json.dumps(report.to_dict(), indent=2)

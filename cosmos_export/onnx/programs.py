@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_export.model.backbone import CosmosBackbone
+from cosmos_export.model.cached_attention import CachedAttention
 from cosmos_export.onnx.fused_attention import FusedAttention
 
 
@@ -32,19 +33,27 @@ class DecoderProgram(nn.Module):
     Inputs: input_ids (B, T); attention_mask (B, N), 1 for the tokens that a row has, padding on the right, N the
     longest row's; logit_offsets (n,), how far before its last token each wanted position of a row lies; then key and
     value cache (B, K, L, E) of every layer. Outputs: logits (B, n, V), then the caches with the new tokens in them.
-    A row's new tokens are its last ones. More than one new token on top of a filled cache wants B = 1, as the operator.
+    A row's new tokens are its last ones. More than one new token on top of a filled cache wants B = 1.
+    `fused` puts ONNX Runtime's own attention operator into the graph, otherwise standard ones.
     """
 
-    def __init__(self, model: CosmosBackbone) -> None:
+    def __init__(self, model: CosmosBackbone, *, fused: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.fused = model, fused
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         input_ids, attention_mask, logit_offsets, *cache = inputs
-        attend = FusedAttention(self.model.config, self.model.rope, attention_mask, cache)
+        attend = self._attention(input_ids, attention_mask, cache)
         hidden = self.model.hidden_states(input_ids, attend)  # (B, T, D)
         wanted = _pick(hidden, attention_mask, logit_offsets)  # (B, n, D)
         return (self.model.logits(wanted), *attend.cache)
+
+    def _attention(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: list[Tensor]
+    ) -> FusedAttention | CachedAttention:
+        if self.fused:
+            return FusedAttention(self.model.config, self.model.rope, attention_mask, cache)
+        return CachedAttention(self.model.rope, attention_mask, input_ids.shape[1], cache)
 
 
 def _pick(hidden: Tensor, attention_mask: Tensor, offsets: Tensor) -> Tensor:

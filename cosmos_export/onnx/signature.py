@@ -5,6 +5,8 @@ batch B    sequence T    V  vocab_size
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ExportError
 from cosmos_runtime import DECODER, FULL_SEQUENCE, GraphSpec, Role, TensorSpec
@@ -29,6 +31,12 @@ DEFAULT_INPUTS = {LOGIT_OFFSETS: [0]}
 # of torch's (out, in), says so in its name.
 TRANSPOSED = ".transposed"
 ROTARY_COS, ROTARY_SIN = "rope.cos", "rope.sin"
+
+# A quantised matrix is these initializers (see `quantize.QuantizedMatrix`).
+QuantizedPart = Literal["blocks", "scales", "zero_points"]
+
+# Projections that one product can do together, by the name of the matrix that holds theirs side by side.
+PACKED_PROJECTIONS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "w1_w3": ("w1", "w3")}
 
 
 def graph_file(graph: str) -> str:
@@ -86,3 +94,24 @@ def stored_transposed(name: str) -> str:
 def source_of(initializer: str) -> tuple[str, bool]:
     """The tensor that an initializer holds (a checkpoint name or a rotary table), and whether it is transposed."""
     return initializer.removesuffix(TRANSPOSED), initializer.endswith(TRANSPOSED)
+
+
+def quantized_name(source: str, part: QuantizedPart) -> str:
+    """Name of the initializer that holds one part of the quantised form of `source`."""
+    return f"{source}.{part}"
+
+
+def quantized_part(initializer: str) -> tuple[str, QuantizedPart | None]:
+    """The matrix that an initializer holds a part of in quantised form, and which; (itself, None) for any other."""
+    for part in get_args(QuantizedPart):
+        if initializer.endswith(f".{part}"):
+            return initializer.removesuffix(f".{part}"), part
+    return initializer, None
+
+
+def parts_of(source: str) -> tuple[str, ...]:
+    """The checkpoint tensors that `source` holds one above the other: itself, unless it is a packed projection."""
+    for packed, parts in PACKED_PROJECTIONS.items():
+        if f".{packed}." in source:
+            return tuple(source.replace(f".{packed}.", f".{part}.") for part in parts)
+    return (source,)

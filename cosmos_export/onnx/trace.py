@@ -21,7 +21,7 @@ from cosmos_export.errors import ExportError
 from cosmos_export.model.decoder import CosmosDecoder
 from cosmos_export.onnx.programs import DecoderProgram, FullSequenceProgram
 from cosmos_export.onnx.signature import BATCH, CACHE_LENGTH, DEFAULT_INPUTS, NUM_LOGITS, SEQUENCE, TOTAL_SEQUENCE
-from cosmos_runtime import DECODER, FULL_SEQUENCE, GraphSpec, TensorSpec
+from cosmos_runtime import DECODER, GraphSpec, TensorSpec
 
 # Sizes to trace with: no two alike, so that none is taken for another, and none 1, which torch.export would take for a
 # constant.
@@ -29,17 +29,18 @@ _EXAMPLE_SIZES = {BATCH: 2, SEQUENCE: 3, TOTAL_SEQUENCE: 5, CACHE_LENGTH: 7, NUM
 # Axes that no configuration limits.
 _UNLIMITED = (BATCH, NUM_LOGITS)
 
-_PROGRAMS: dict[str, type[nn.Module]] = {FULL_SEQUENCE: FullSequenceProgram, DECODER: DecoderProgram}
 _WITHIN_PROGRAM = "model."  # what a program's wrapping puts before the checkpoint's names
 
 
-def trace(model: CosmosDecoder, graph: str, spec: GraphSpec) -> ir.Model:
+def trace(model: CosmosDecoder, graph: str, spec: GraphSpec, *, fused_attention: bool = False) -> ir.Model:
     """One of a recipe's graphs, traced from a skeleton model, with the names, axes and opset of `spec`.
 
+    `fused_attention` lets the decoder use ONNX Runtime's own attention operator.
     Initializers are left without values; `cosmos_export.onnx.weights` gives them theirs.
     Raises ExportError when the model cannot be traced with its axes dynamic.
     """
-    program = _export(_PROGRAMS[graph](model), spec, model.config.max_sequence_length)
+    module = DecoderProgram(model, fused=fused_attention) if graph == DECODER else FullSequenceProgram(model)
+    program = _export(module, spec, model.config.max_sequence_length)
     with _quiet():
         onnx_program = torch.onnx.export(
             program,

@@ -38,3 +38,14 @@ def top1_margins(reference: Array) -> Array:
 def top1_differs(actual: Array, reference: Array) -> NDArray[np.bool_]:
     """Positions whose best token is another one: (N, V), (N, V) to (N,)."""
     return actual.argmax(-1) != reference.argmax(-1)
+
+
+def log_softmax(logits: Array) -> NDArray[np.float64]:
+    """Log-probabilities over the last axis, in float64: (N, V) to (N, V)."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def kl_divergences(expected: NDArray[np.float64], actual: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL(expected, actual) in nats at every position, of two arrays of log-probabilities: (N, V) to (N,)."""
+    return (np.exp(expected) * (expected - actual)).sum(-1)

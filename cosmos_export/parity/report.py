@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cosmos_export.parity.cases import Skipped
-from cosmos_export.parity.gates import GATES, Verdict
+from cosmos_export.parity.gates import LOGIT_GATES, QUALITY_GATES, Arithmetic, Verdict
+from cosmos_export.parity.quality import Quality
 from cosmos_export.parity.stored import StoredTensors
 
 
@@ -27,6 +28,7 @@ class CaseResult:
     """One case: its shape, its measurements, how many values were NaN or infinite and how many best tokens changed."""
 
     name: str
+    arithmetic: Arithmetic
     batch: int
     length: int
     measurements: tuple[Measurement, ...]
@@ -55,14 +57,26 @@ class ParityReport:
     provider: str
     versions: dict[str, str]
     max_sequence_length: int
-    stored: StoredTensors
+    stored: tuple[StoredTensors, ...]
     cases: tuple[CaseResult, ...]
-    skipped: tuple[Skipped, ...] = field(default=())
+    skipped: tuple[Skipped, ...] = ()
+    quality: Quality | None = None
 
     @property
     def passed(self) -> bool:
-        """True when every stored tensor is equal and no case failed. No case at all is not a pass."""
-        return bool(self.cases) and self.stored.passed and not any(c.verdict is Verdict.FAIL for c in self.cases)
+        """True when every stored tensor is equal, no case failed and quality holds. No case at all is not a pass."""
+        stored = bool(self.stored) and all(s.passed for s in self.stored)
+        cases = bool(self.cases) and not any(c.verdict is Verdict.FAIL for c in self.cases)
+        return stored and cases and (self.quality is None or self.quality.passed is not False)
+
+    @property
+    def stored_equal(self) -> int:
+        """Stored tensors that are equal, over all graphs."""
+        return sum(s.equal for s in self.stored)
+
+    @property
+    def stored_problems(self) -> list[str]:
+        return [problem for s in self.stored for problem in s.problems]
 
     @property
     def longest(self) -> int:
@@ -74,9 +88,8 @@ class ParityReport:
 
     def summary(self) -> str:
         """One sentence for a terminal's last line."""
-        if not self.stored.passed:
-            stored = self.stored
-            return f"{len(stored.problems)} of {stored.expected} stored tensors differ: {stored.problems[0]}"
+        if self.stored_problems:
+            return f"{len(self.stored_problems)} stored tensors differ: {self.stored_problems[0]}"
         failed = [c for c in self.cases if c.verdict is Verdict.FAIL]
         if failed:
             worst = max(failed, key=lambda c: gate_share(c.worst)).worst
@@ -84,13 +97,20 @@ class ParityReport:
                 f"{len(failed)} of {len(self.cases)} cases failed; the worst error is {worst.error:.3g} where the gate "
                 f"allows {worst.allowed:.3g}"
             )
+        if self.quality is not None and self.quality.passed is False:
+            return f"rounding costs more than the {self.precision} gate allows: {_quality_words(self.quality)}"
+        return self._proven()
+
+    def _proven(self) -> str:
         share = max(gate_share(c.worst) for c in self.cases)
         ambiguous = self.count(Verdict.AMBIGUOUS)
         ties = f", {ambiguous} of them with a best token that changed at a near tie" if ambiguous else ""
+        model = "float64" if self.quality is None else "float64 on the rounded weights"
+        quality = "" if self.quality is None else f"; against the model before rounding: {_quality_words(self.quality)}"
         return (
-            f"{len(self.cases)} cases up to {self.longest} of {self.max_sequence_length} tokens equal float64 within "
-            f"the {self.precision} gate{ties} (largest error {share:.0%} of what it allows); "
-            f"{self.stored.equal} stored tensors equal bit for bit"
+            f"{len(self.cases)} cases up to {self.longest} of {self.max_sequence_length} tokens equal {model} within "
+            f"the gate{ties} (largest error {share:.0%} of what it allows); "
+            f"{self.stored_equal} stored tensors equal bit for bit{quality}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,14 +120,19 @@ class ParityReport:
             "bundle": self.bundle,
             "source": self.source,
             "precision": self.precision,
-            "gate": asdict(GATES[self.precision]),
+            "gates": self._gates(),
             "provider": self.provider,
             "versions": self.versions,
             "longest_sequence": self.longest,
             "max_sequence_length": self.max_sequence_length,
-            "stored_tensors": asdict(self.stored),
+            "stored_tensors": {
+                "expected": sum(s.expected for s in self.stored),
+                "equal": self.stored_equal,
+                "problems": self.stored_problems,
+            },
             "cases": [_case_dict(c) for c in self.cases],
             "skipped": [asdict(s) for s in self.skipped],
+            "quality": _finite_dict(asdict(self.quality)) if self.quality else None,
         }
 
     def digest(self) -> dict[str, Any]:
@@ -116,17 +141,31 @@ class ParityReport:
         return {
             "passed": self.passed,
             "reference": "eager PyTorch model in float64",
-            "gate": asdict(GATES[self.precision]),
+            "gates": self._gates(),
             "provider": self.provider,
             "versions": self.versions,
             "cases": len(self.cases),
             "ambiguous": self.count(Verdict.AMBIGUOUS),
             "skipped": [asdict(s) for s in self.skipped],
             "longest_sequence": self.longest,
-            "stored_tensors_equal": self.stored.equal,
+            "stored_tensors_equal": self.stored_equal,
             "worst_error": worst.error,
             "worst_error_allowed": worst.allowed,
+            "quality": _finite_dict(asdict(self.quality)) if self.quality else None,
         }
+
+    def _gates(self) -> dict[str, Any]:
+        gates: dict[str, Any] = {a: asdict(LOGIT_GATES[a]) for a in dict.fromkeys(c.arithmetic for c in self.cases)}
+        quality = QUALITY_GATES.get(self.precision)
+        return gates | ({"quality": asdict(quality)} if quality else {})
+
+
+def _quality_words(quality: Quality) -> str:
+    note = "" if quality.passed is not None else ", not gated"
+    return (
+        f"mean KL divergence {quality.mean_kl_divergence:.2g} nats, same best token {quality.top1_agreement:.1%} "
+        f"of {quality.tokens}{note}"
+    )
 
 
 def gate_share(measurement: Measurement) -> float:
@@ -137,9 +176,9 @@ def gate_share(measurement: Measurement) -> float:
 
 
 def _case_dict(case: CaseResult) -> dict[str, Any]:
-    measurements = [{k: _finite(v) for k, v in asdict(m).items()} for m in case.measurements]
+    measurements = [_finite_dict(asdict(m)) for m in case.measurements]
     return {**asdict(case), "measurements": measurements, "verdict": case.verdict}
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite_dict(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

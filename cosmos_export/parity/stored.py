@@ -1,4 +1,5 @@
-"""Are the numbers in a bundle the checkpoint's numbers? Each stored tensor is compared bit for bit.
+"""Are the numbers in a bundle the checkpoint's numbers? Each stored tensor is compared bit for bit with what the recipe
+makes of the checkpoint's: itself, or its quantised form.
 
 Outputs alone cannot tell: an embedding row that no case reads, or one weight that moved by a rounding, changes no logit
 beyond a gate. What is stored has to be equal, whatever it changes.
@@ -15,13 +16,14 @@ import onnx_ir as ir
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.loading import skeleton
-from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, source_of
-from cosmos_export.onnx.weights import initializer_reader
+from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, parts_of, quantized_part, source_of
+from cosmos_export.onnx.weights import WeightReader
+from cosmos_export.recipe import ExportRecipe
 
 
 @dataclass(frozen=True)
 class StoredTensors:
-    """How many of the model's tensors a bundle holds unchanged, and what is wrong with the others."""
+    """How many of the model's tensors a bundle holds as it should, and what is wrong with the others."""
 
     expected: int
     equal: int
@@ -32,28 +34,37 @@ class StoredTensors:
         return not self.problems and self.equal == self.expected
 
 
-def compare_stored(graph: Path, checkpoint: Checkpoint) -> StoredTensors:
+def compare_stored(graph: Path, checkpoint: Checkpoint, recipe: ExportRecipe) -> StoredTensors:
     """Compares every weight and rotary table in a graph's file (and its external data) with the checkpoint's."""
     wanted = {*skeleton(checkpoint.config).state_dict(), ROTARY_COS, ROTARY_SIN}
-    problems = dict(_problems(ir.load(graph), checkpoint, wanted))
-    problems |= {source: f"{source} is not in the graph" for source in wanted - problems.keys()}
-    wrong = tuple(problem for problem in problems.values() if problem)
-    return StoredTensors(expected=len(wanted), equal=len(wanted) - len(wrong), problems=wrong)
+    found: set[str] = set()
+    wrong: dict[str, str] = {}
+    for source, problem in _compared(ir.load(graph), WeightReader(checkpoint, recipe), wanted):
+        found.add(source)
+        if problem:
+            wrong.setdefault(source, problem)
+    wrong |= {source: f"{source} is not in the graph" for source in sorted(wanted - found)}
+    return StoredTensors(
+        expected=len(wanted), equal=len(wanted) - len(wrong), problems=tuple(dict.fromkeys(wrong.values()))
+    )
 
 
-def _problems(model: ir.Model, checkpoint: Checkpoint, wanted: set[str]) -> Iterator[tuple[str, str | None]]:
-    """(source, what is wrong with its initializer or None) for each initializer that holds a tensor of the model."""
+def _compared(model: ir.Model, reader: WeightReader, wanted: set[str]) -> Iterator[tuple[str, str | None]]:
+    """(tensor of the model, what is wrong with an initializer that holds it or None)."""
     for name, value in model.graph.initializers.items():
-        source, _ = source_of(name)
-        if source in wanted and value.const_value is not None:
-            yield source, _difference(name, value.const_value.numpy(), initializer_reader(name, checkpoint)().numpy())
+        source, _ = source_of(quantized_part(name)[0])
+        parts = parts_of(source)
+        if set(parts) <= wanted and value.const_value is not None:
+            problem = _difference(name, value.const_value.numpy(), reader.read(name).numpy())
+            yield from ((part, problem) for part in parts)
 
 
 def _difference(name: str, stored: np.ndarray, expected: np.ndarray) -> str | None:
     if stored.shape != expected.shape or stored.dtype != expected.dtype:
         return f"{name} is {stored.dtype} {stored.shape}, expected {expected.dtype} {expected.shape}"
     # As bits: NaN equals itself, and 0.0 does not pass for -0.0.
-    differing = np.flatnonzero(stored.view(np.uint32) != expected.view(np.uint32))
+    bits = np.dtype(f"u{stored.dtype.itemsize}")
+    differing = np.flatnonzero(stored.view(bits) != expected.view(bits))
     if not len(differing):
         return None
     index = tuple(int(i) for i in np.unravel_index(differing[0], stored.shape))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +15,17 @@ from numpy.typing import NDArray
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.parity import metrics
+from cosmos_export.parity.arithmetic import arithmetic_of, float32_activations
 from cosmos_export.parity.cases import Case, build_cases
-from cosmos_export.parity.gates import GATES, LogitGate, judge
+from cosmos_export.parity.gates import LOGIT_GATES, Arithmetic, LogitGate, judge
+from cosmos_export.parity.quality import measure_quality, rows_of_text
 from cosmos_export.parity.reference import EagerReference
 from cosmos_export.parity.report import CaseResult, Measurement, ParityReport
+from cosmos_export.parity.stepwise import stepwise_cases, stepwise_logits
 from cosmos_export.parity.stored import compare_stored
 from cosmos_export.progress import Progress, Silent
-from cosmos_runtime import FULL_SEQUENCE, Session, load
+from cosmos_export.recipe import ExportRecipe
+from cosmos_runtime import DECODER, Session, load
 
 # Where errors are looked at: a fault at the first or last position must not hide behind the others' larger range.
 _POSITIONS = {"all": slice(None), "first": slice(0, 1), "last": slice(-1, None)}
@@ -32,6 +39,14 @@ class Effort(StrEnum):
     OFF = "off"
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """A case, and how the bundle computes its logits."""
+
+    case: Case
+    run: Callable[[Session], NDArray]
+
+
 def verify_bundle(
     folder: str | Path,
     checkpoint: Checkpoint,
@@ -39,47 +54,88 @@ def verify_bundle(
     causal: bool = True,
     effort: Effort = Effort.FULL,
     provider: str = "cpu",
+    text: str | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Compares a bundle with the model of `checkpoint`; the report's `passed` is the verdict.
 
+    A quantised bundle is also measured against the unrounded model, on `text` or on text that it writes itself; with
+    `text` any bundle is.
     Raises the runtime's errors when the bundle cannot be run at all, CheckpointError when the checkpoint does not load.
     """
-    progress = progress or Silent()
-    progress.stage("Comparing stored tensors")
+    folder, progress = Path(folder), progress or Silent()
     session = load(folder, provider=provider)
     manifest = session.manifest
-    stored = compare_stored(session.bundle.file(manifest.graph(FULL_SEQUENCE).file), checkpoint)
+    recipe = ExportRecipe.from_manifest(manifest.recipe)
+    progress.stage("Comparing stored tensors")
+    graphs = [session.bundle.file(spec.file) for spec in manifest.graphs.values()]
+    stored = [compare_stored(graph, checkpoint, recipe) for graph in graphs]
     progress.stage("Loading the float64 reference")
-    reference = EagerReference(checkpoint, causal=causal)
+    reference = EagerReference(recipe.as_computed(checkpoint), causal=causal)
     cases, skipped = build_cases(checkpoint.config, quick=effort is Effort.QUICK)
-    gate = GATES[manifest.recipe["precision"]]
+    trials = [_Trial(case, lambda s, c=case: s.logits(c.input_ids)) for case in cases]  # type: ignore[misc]
+    trials += _stepwise(session) if DECODER in manifest.graphs else []
     progress.stage("Comparing logits with float64")
-    results = []
-    for done, case in enumerate(cases):
-        progress.update(done, len(cases))
-        results.append(_run_case(session, reference, case, gate))
-    progress.update(len(cases), len(cases))
+    with _sessions(session, recipe, provider) as sessions:
+        results = _run(sessions, trials, reference, progress)
+    quality = None
+    if recipe.quantization is not None or text is not None:
+        progress.stage("Comparing with the model before rounding")
+        rows = None if text is None else rows_of_text(session, text)
+        quality = measure_quality(session, checkpoint, rows, causal=causal)
     return ParityReport(
         bundle=manifest.name,
         source=dict(manifest.source),
-        precision=manifest.recipe["precision"],
+        precision=recipe.precision,
         provider=provider,
         versions={"onnxruntime": onnxruntime.__version__, "torch": version("torch")},
         max_sequence_length=checkpoint.config.max_sequence_length,
-        stored=stored,
+        stored=tuple(stored),
         cases=tuple(results),
         skipped=tuple(skipped),
+        quality=quality,
     )
 
 
-def _run_case(session: Session, reference: EagerReference, case: Case, gate: LogitGate) -> CaseResult:
-    actual = session.logits(case.input_ids)
-    exact = reference.exact(case.input_ids)
-    eager = reference.eager(case.input_ids)
+@contextlib.contextmanager
+def _sessions(session: Session, recipe: ExportRecipe, provider: str) -> Iterator[dict[Arithmetic, Session]]:
+    """The session as it is and, where it rounds activations, the same bytes without that."""
+    arithmetic = arithmetic_of(recipe)
+    if arithmetic is Arithmetic.FLOAT32:
+        yield {arithmetic: session}
+        return
+    with float32_activations(session.bundle.path) as copy:
+        yield {Arithmetic.FLOAT32: load(copy, provider=provider), arithmetic: session}
+
+
+def _stepwise(session: Session) -> list[_Trial]:
+    manifest = session.manifest
+    return [
+        _Trial(case, lambda s, c=case, n=sizes: stepwise_logits(s, c.input_ids, n))  # type: ignore[misc]
+        for case, sizes in stepwise_cases(manifest.vocab_size, manifest.max_sequence_length)
+    ]
+
+
+def _run(
+    sessions: dict[Arithmetic, Session], trials: list[_Trial], reference: EagerReference, progress: Progress
+) -> list[CaseResult]:
+    """Every trial on every session, sorted by session; the reference is computed once a trial."""
+    results: dict[Arithmetic, list[CaseResult]] = {arithmetic: [] for arithmetic in sessions}
+    for done, trial in enumerate(trials):
+        progress.update(done, len(trials))
+        exact, eager = reference.exact(trial.case.input_ids), reference.eager(trial.case.input_ids)
+        for arithmetic, session in sessions.items():
+            results[arithmetic].append(_result(trial.case, arithmetic, trial.run(session), exact, eager))
+    progress.update(len(trials), len(trials))
+    return [result for per_session in results.values() for result in per_session]
+
+
+def _result(case: Case, arithmetic: Arithmetic, actual: NDArray, exact: NDArray, eager: NDArray) -> CaseResult:
     batch, length = case.input_ids.shape
+    gate = LOGIT_GATES[arithmetic]
     return CaseResult(
         name=case.name,
+        arithmetic=arithmetic,
         batch=batch,
         length=length,
         measurements=tuple(

@@ -13,7 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cosmos_runtime.batch_generation import BatchGeneration, generate_batch
     from cosmos_runtime.bundle import Bundle
+    from cosmos_runtime.continuation import Continuation
+    from cosmos_runtime.decoding import Decoder, RewindingDecoder, new_decoder
     from cosmos_runtime.errors import BundleError, CosmosRuntimeError, InputError, ProviderError, TokenizerError
     from cosmos_runtime.files import describe_file
     from cosmos_runtime.generation import Generation, TextGeneration, generate, generate_text
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
         TensorSpec,
     )
     from cosmos_runtime.sampling import Sampling, sample
+    from cosmos_runtime.scoring import Score, score
     from cosmos_runtime.session import Session, load
     from cosmos_runtime.tokenizer import TextStream, Tokenizer
 
@@ -37,17 +41,22 @@ __all__ = [
     "DECODER",
     "FULL_SEQUENCE",
     "MANIFEST_NAME",
+    "BatchGeneration",
     "Bundle",
     "BundleError",
+    "Continuation",
     "CosmosRuntimeError",
+    "Decoder",
     "FileEntry",
     "Generation",
     "GraphSpec",
     "InputError",
     "Manifest",
     "ProviderError",
+    "RewindingDecoder",
     "Role",
     "Sampling",
+    "Score",
     "Session",
     "TensorSpec",
     "TextGeneration",
@@ -57,13 +66,19 @@ __all__ = [
     "__version__",
     "describe_file",
     "generate",
+    "generate_batch",
     "generate_text",
     "load",
+    "new_decoder",
     "sample",
+    "score",
 ]
 
 _PUBLIC_NAMES = {
+    "batch_generation": ("BatchGeneration", "generate_batch"),
     "bundle": ("Bundle",),
+    "continuation": ("Continuation",),
+    "decoding": ("Decoder", "RewindingDecoder", "new_decoder"),
     "errors": ("BundleError", "CosmosRuntimeError", "InputError", "ProviderError", "TokenizerError"),
     "files": ("describe_file",),
     "generation": ("Generation", "TextGeneration", "generate", "generate_text"),
@@ -78,6 +93,7 @@ _PUBLIC_NAMES = {
         "TensorSpec",
     ),
     "sampling": ("Sampling", "sample"),
+    "scoring": ("Score", "score"),
     "session": ("Session", "load"),
     "tokenizer": ("TextStream", "Tokenizer"),
 }

@@ -1,21 +1,19 @@
 """Continue a prompt, token by token (`generate`) or as streamed text (`generate_text`)."""
 
-import operator
-from collections.abc import Iterator, Sequence
-from typing import Literal, SupportsIndex, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy.typing as npt
 
-from cosmos_runtime.arrays import Floats, TokenIds
-from cosmos_runtime.decoding import Decoder, FullSequenceDecoder
-from cosmos_runtime.errors import InputError
-from cosmos_runtime.sampling import Sampling, sample
+from cosmos_runtime.arrays import Floats
+from cosmos_runtime.continuation import Continuation, FinishReason, Limits
+from cosmos_runtime.decoding import Decoder, new_decoder
+from cosmos_runtime.errors import CosmosRuntimeError, InputError
+from cosmos_runtime.lookup import SpeculatingDecoder
+from cosmos_runtime.sampling import Sampling
 from cosmos_runtime.session import Session
 from cosmos_runtime.stopping import StopFilter
 from cosmos_runtime.tokenizer import TextStream, Tokenizer
-from cosmos_runtime.validation import token_row
-
-FinishReason: TypeAlias = Literal["length", "context", "stop"]
+from cosmos_runtime.validation import token_count, token_row
 
 
 def generate(
@@ -23,26 +21,40 @@ def generate(
     prompt_ids: npt.ArrayLike,
     *,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
+    speculate: int = 0,
 ) -> "Generation":
     """Continue the token ids (T,) of one prompt; greedily where `sampling` is None.
 
-    Nothing is computed before the first token is asked for. A token of `stop_ids` ends the generation and is not part
-    of it.
+    Nothing is computed or allocated before the first token is asked for. A token of `stop_ids` ends the generation and
+    is not part of it; before `min_new_tokens` it is not chosen. With `speculate`, up to so many tokens are guessed from
+    what came before and checked in one run: the same tokens, sooner where a text repeats itself or its prompt (see
+    `SpeculatingDecoder`).
 
-    Raises: InputError for a bad prompt, length or stop id.
+    Raises: InputError for a bad prompt, length or stop id, or for speculation without greedy sampling.
     """
-    manifest = session.manifest
-    prompt = token_row(prompt_ids, vocab_size=manifest.vocab_size, max_sequence_length=manifest.max_sequence_length)
-    return Generation(
-        FullSequenceDecoder(session),
-        prompt,
-        max_new_tokens=_token_limit(max_new_tokens),
-        max_sequence_length=manifest.max_sequence_length,
-        sampling=(sampling or Sampling.greedy()).seeded(),
-        stop_ids=_stop_ids(stop_ids, manifest.vocab_size),
+    continuation = new_continuation(
+        session,
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
     )
+    most = token_count("speculate", speculate, minimum=0)
+    if most and not continuation.sampling.is_greedy:
+        raise InputError(
+            f"speculate: expected greedy sampling, got temperature {continuation.sampling.temperature}; "
+            f"use temperature 0, or speculate=0"
+        )
+
+    def start() -> Decoder:
+        decoder = new_decoder(session, continuation.capacity)
+        return SpeculatingDecoder(decoder, most, continuation.capacity) if most else decoder
+
+    return Generation(continuation, start)
 
 
 def generate_text(
@@ -50,9 +62,11 @@ def generate_text(
     prompt: str,
     *,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
     stop: Sequence[str] = (),
+    speculate: int = 0,
 ) -> "TextGeneration":
     """Continue a text, as an iterator of pieces of new text; the prompt is not part of them.
 
@@ -63,64 +77,103 @@ def generate_text(
     stop_filter = StopFilter(stop)
     tokenizer = session.tokenizer
     generation = generate(
-        session, tokenizer.encode(prompt), max_new_tokens=max_new_tokens, sampling=sampling, stop_ids=stop_ids
+        session,
+        tokenizer.encode(prompt),
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        speculate=speculate,
     )
     return TextGeneration(generation, tokenizer, stop_filter)
+
+
+def new_continuation(
+    session: Session,
+    prompt_ids: npt.ArrayLike,
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    sampling: Sampling | None,
+    stop_ids: Sequence[int],
+) -> Continuation:
+    """A prompt that a session's model can continue. Raises: InputError."""
+    manifest = session.manifest
+    limits = Limits.checked(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        max_sequence_length=manifest.max_sequence_length,
+        stop_ids=stop_ids,
+        vocab_size=manifest.vocab_size,
+    )
+    prompt = token_row(prompt_ids, vocab_size=manifest.vocab_size, max_sequence_length=manifest.max_sequence_length)
+    return Continuation(prompt, limits, sampling or Sampling.greedy())
 
 
 class Generation(Iterator[int]):
     """An iterator of new token ids; made by `generate`.
 
-    `prompt` holds the prompt's ids, `tokens` the new ones so far, `sampling` the options with the seed in use.
-    `finish_reason` is None while running, then "stop" (a stop id came), "length" (`max_new_tokens` reached) or
-    "context" (prompt and new tokens fill `max_sequence_length`).
+    `prompt`, `tokens`, `sampling` and `finish_reason` are those of `Continuation`. The cache lives from the first token
+    to the end, or to `close`.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompt: TokenIds,
-        *,
-        max_new_tokens: int,
-        max_sequence_length: int,
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-    ) -> None:
-        self.prompt: list[int] = prompt.tolist()
-        self.tokens: list[int] = []
-        self.sampling = sampling
-        self._prompt = prompt
-        self._decoder = decoder
-        self._max_new_tokens = max_new_tokens
-        self._max_sequence_length = max_sequence_length
-        self._stop_ids = stop_ids
-        self._rng = sampling.generator()
-        self.finish_reason: FinishReason | None = self._limit_reached()
+    def __init__(self, continuation: Continuation, start: Callable[[], Decoder]) -> None:
+        self._continuation = continuation
+        self._start = start
+        self._decoder: Decoder | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        """The prompt's token ids."""
+        return self._continuation.prompt
+
+    @property
+    def tokens(self) -> list[int]:
+        """The new token ids so far."""
+        return self._continuation.tokens
+
+    @property
+    def sampling(self) -> Sampling:
+        """The options, with the seed in use."""
+        return self._continuation.sampling
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None while it has not."""
+        return self._continuation.finish_reason
 
     def __next__(self) -> int:
-        if self.finish_reason is not None:
+        logits = None if self.finish_reason else self._next_logits()
+        token = None if logits is None else self._continuation.choose(logits)
+        if self.finish_reason:
+            self._decoder = None
+        if token is None:
             raise StopIteration
-        token = sample(self._next_logits(), self.prompt + self.tokens, self.sampling, self._rng)
-        if token in self._stop_ids:
-            self.stop()
-            raise StopIteration
-        self.tokens.append(token)
-        self.finish_reason = self._limit_reached()
         return token
 
     def stop(self) -> None:
-        """End here, for a reason that the caller found."""
-        self.finish_reason = "stop"
+        """End here, for a reason that the caller found. May be called from another thread: a step that is being
+        computed is given up where that is possible."""
+        self._continuation.stop()
+        if (decoder := self._decoder) is not None:
+            decoder.cancel()
 
-    def _next_logits(self) -> Floats:
-        return self._decoder.decode_one_token(self.tokens[-1]) if self.tokens else self._decoder.prefill(self._prompt)
+    def close(self) -> None:
+        """End, and free the cache."""
+        self.stop()
+        self._decoder = None
 
-    def _limit_reached(self) -> FinishReason | None:
-        if len(self.tokens) >= self._max_new_tokens:
-            return "length"
-        if len(self.prompt) + len(self.tokens) >= self._max_sequence_length:
-            return "context"
-        return None
+    def _next_logits(self) -> Floats | None:
+        """Logits (V,) of the next position; None where `stop` cancelled them."""
+        try:
+            if self._decoder is None:
+                self._decoder = self._start()
+                return self._decoder.prefill(self._continuation.prompt_ids)
+            return self._decoder.decode_one_token(self.tokens[-1])
+        except CosmosRuntimeError:
+            if self.finish_reason is None:
+                raise
+            return None
 
 
 class TextGeneration(Iterator[str]):
@@ -147,6 +200,14 @@ class TextGeneration(Iterator[str]):
         """As in `Generation`; "stop" also for a stop string."""
         return self.generation.finish_reason
 
+    def stop(self) -> None:
+        """As in `Generation`; what is held back still comes."""
+        self.generation.stop()
+
+    def close(self) -> None:
+        """End, and free the cache."""
+        self.generation.close()
+
     def __next__(self) -> str:
         piece = next(self._pieces)
         self.text += piece
@@ -165,20 +226,3 @@ class TextGeneration(Iterator[str]):
             self.generation.stop()
         if piece:
             yield piece
-
-
-def _token_limit(max_new_tokens: SupportsIndex) -> int:
-    try:
-        limit = operator.index(max_new_tokens)
-    except TypeError:
-        limit = 0
-    if limit < 1 or isinstance(max_new_tokens, bool):
-        raise InputError(f"max_new_tokens: expected a positive integer, got {max_new_tokens!r}")
-    return limit
-
-
-def _stop_ids(stop_ids: Sequence[int], vocab_size: int) -> frozenset[int]:
-    for token in stop_ids:
-        if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
-            raise InputError(f"stop_ids: expected token ids from 0 to {vocab_size - 1}, got {token!r}")
-    return frozenset(int(token) for token in stop_ids)

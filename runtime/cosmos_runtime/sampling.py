@@ -1,12 +1,13 @@
 """Choose the next token from logits: pure numpy, deterministic under a seed.
 
-Order: repetition penalty, temperature, top-k, top-p, draw. Every step maps logits (V,) to logits (V,); a token that a
-step removes gets -inf.
+Order: repetition penalty, top-k, temperature, top-p, draw (temperature keeps the k largest the largest). Every
+step maps logits (V,) to logits (V,); a token that a step removes gets -inf.
 """
 
 import math
 import operator
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import SupportsFloat, SupportsIndex
 
@@ -15,6 +16,9 @@ import numpy.typing as npt
 
 from cosmos_runtime.arrays import Floats
 from cosmos_runtime.errors import CosmosRuntimeError, InputError
+
+# Sorting a whole vocabulary takes milliseconds; a nucleus is seldom larger than the first of these.
+_NUCLEUS_SIZES = (256, 4096)
 
 
 @dataclass(frozen=True)
@@ -58,30 +62,47 @@ class Sampling:
         return np.random.Generator(np.random.PCG64(self.seed))
 
 
-def sample(logits: Floats, history: npt.ArrayLike, sampling: Sampling, rng: np.random.Generator) -> int:
-    """The id of the next token, from logits (V,) and the ids so far (prompt and answer).
+def sample(
+    logits: Floats,
+    history: npt.ArrayLike,
+    sampling: Sampling,
+    rng: np.random.Generator,
+    excluded: Sequence[int] = (),
+) -> int:
+    """The id of the next token, from logits (V,) and the ids so far (prompt and answer); never one of `excluded`.
 
     Raises: CosmosRuntimeError where a logit is NaN or infinite.
     """
     _check_finite(logits)
-    scores = penalise_repetition(logits.astype(np.float64), history, sampling.repetition_penalty)
+    scores = penalise_repetition(logits, history, sampling.repetition_penalty)
+    scores = exclude(scores, excluded)
     if sampling.is_greedy:
         return int(scores.argmax())
-    scores = scale_by_temperature(scores, sampling.temperature)
     scores = keep_top_k(scores, sampling.top_k)
+    candidates = np.flatnonzero(np.isfinite(scores))  # after top-k few: the rest is cheap
+    scores = scale_by_temperature(scores[candidates].astype(np.float64), sampling.temperature)
     scores = keep_top_p(scores, sampling.top_p)
-    return draw(softmax(scores), rng)
+    return int(candidates[draw(softmax(scores), rng)])
 
 
 def penalise_repetition(logits: Floats, history: npt.ArrayLike, penalty: float) -> Floats:
     """Make tokens of `history` less likely: divide positive logits by `penalty`, multiply negative ones (CTRL,
     arXiv:1909.05858). A token counts once, however often it occurred."""
-    seen = np.unique(np.asarray(history, dtype=np.int64))
-    if penalty == 1 or seen.size == 0:
+    if penalty == 1:
         return logits
-    penalised = logits.copy()
+    seen = np.asarray(history, dtype=np.int64)
+    penalised = logits.astype(np.float64)
     penalised[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     return penalised
+
+
+def exclude(logits: Floats, excluded: Sequence[int]) -> Floats:
+    """Remove the tokens of `excluded`."""
+    if not excluded:
+        return logits
+    kept = logits.copy()
+    kept[list(excluded)] = -np.inf
+    return kept
 
 
 def scale_by_temperature(logits: Floats, temperature: float) -> Floats:
@@ -106,13 +127,28 @@ def keep_top_p(logits: Floats, p: float) -> Floats:
     (arXiv:1904.09751); the lowest ids among equals."""
     if p == 1:
         return logits
-    probabilities = softmax(logits)
-    by_probability = np.argsort(-probabilities, kind="stable")
-    reached = np.cumsum(probabilities[by_probability])
-    nucleus = by_probability[: int(np.searchsorted(reached, p)) + 1]
+    nucleus = _nucleus(softmax(logits), p)
     kept = np.full_like(logits, -np.inf)
     kept[nucleus] = logits[nucleus]
     return kept
+
+
+def _nucleus(probabilities: Floats, p: float) -> npt.NDArray[np.intp]:
+    """Ids of the nucleus, the most likely first. Sorts the likeliest few only, more where they do not reach `p`."""
+    for size in (*_NUCLEUS_SIZES, probabilities.size):
+        largest = _largest(probabilities, size)
+        reached = np.cumsum(probabilities[largest])
+        if reached[-1] >= p:
+            break
+    return largest[: int(np.searchsorted(reached, p)) + 1]
+
+
+def _largest(values: Floats, size: int) -> npt.NDArray[np.intp]:
+    """Indices of at least the `size` largest values, in falling order, the lowest index first among equals."""
+    if size >= values.size:
+        return np.argsort(-values, kind="stable")
+    found = np.flatnonzero(values >= np.partition(values, -size)[-size])
+    return found[np.argsort(-values[found], kind="stable")]
 
 
 def softmax(logits: Floats) -> Floats:

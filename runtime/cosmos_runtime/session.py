@@ -2,53 +2,56 @@
 
 import os
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cosmos_runtime.arrays import Floats, TokenIds
 from cosmos_runtime.bundle import Bundle
-from cosmos_runtime.errors import BundleError, CosmosRuntimeError, TokenizerError
-from cosmos_runtime.manifest import FULL_SEQUENCE, GraphSpec, Manifest, Role
-from cosmos_runtime.providers import create_inference_session, first_line
-from cosmos_runtime.signature import check_full_sequence, check_signature
+from cosmos_runtime.decoder_graph import DecoderGraph
+from cosmos_runtime.errors import BundleError, InputError, TokenizerError
+from cosmos_runtime.full_sequence_graph import FullSequenceGraph
+from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, Manifest, Role
+from cosmos_runtime.providers import create_inference_session
+from cosmos_runtime.signature import check_decoder, check_full_sequence, check_signature
 from cosmos_runtime.threads import thread_count
 from cosmos_runtime.tokenizer import Tokenizer
 from cosmos_runtime.validation import check_fixed_axes, token_batch
 
-if TYPE_CHECKING:
-    import onnxruntime
 
-
-def load(bundle: Bundle | str | os.PathLike[str], *, provider: str = "cpu", threads: int | None = None) -> "Session":
+def load(
+    bundle: Bundle | str | os.PathLike[str],
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    graph: str | None = None,
+) -> "Session":
     """Load a bundle (opened, or the path of its folder) onto `provider`, "cpu" or "cuda".
 
-    `threads` defaults to the physical cores that this process may use. Contents are not hashed here: call
-    `Bundle.check_hashes` after a copy or download. The weights are memory-mapped: never write into the files of a
-    bundle in use; replace it with a new folder.
+    `threads` defaults to the physical cores that this process may use, `graph` to the bundle's `DECODER`, or its
+    `FULL_SEQUENCE` where it has no decoder. Contents are not hashed here: call `Bundle.check_hashes` after a copy or
+    download. The weights are memory-mapped: never write into the files of a bundle in use; replace it with a new
+    folder.
 
-    Raises: BundleError, ProviderError (never another device instead), InputError for `threads`.
+    Raises: BundleError, ProviderError (never another device instead), InputError for `threads` or `graph`.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    graph = opened.manifest.graph(FULL_SEQUENCE)
-    check_full_sequence(graph, opened.manifest.vocab_size)
-    inference = create_inference_session(opened.file(graph.file), provider, thread_count(threads))
-    check_signature(inference, graph)
-    return Session(opened, provider, graph, inference)
+    name = _default_graph(opened.manifest) if graph is None else _known_graph(graph)
+    spec = opened.manifest.graph(name)
+    _CHECKS[name](spec, opened.manifest.vocab_size)
+    inference = create_inference_session(opened.file(spec.file), provider, thread_count(threads))
+    check_signature(inference, spec)
+    if name == DECODER:
+        return Session(opened, provider, DecoderGraph(inference, spec, opened, provider))
+    return Session(opened, provider, FullSequenceGraph(inference, spec, opened))
 
 
 class Session:
     """A loaded model; made by `load`. Logits depend on the arguments alone: a session keeps no state between calls."""
 
-    def __init__(
-        self, bundle: Bundle, provider: str, graph: GraphSpec, inference: "onnxruntime.InferenceSession"
-    ) -> None:
+    def __init__(self, bundle: Bundle, provider: str, graph: DecoderGraph | FullSequenceGraph) -> None:
         self.bundle = bundle
         self.provider = provider
-        self._inference = inference
-        self._tokens = graph.input(Role.TOKENS)
-        self._logits = graph.output(Role.LOGITS)
+        self.graph = graph
 
     @property
     def manifest(self) -> Manifest:
@@ -76,20 +79,25 @@ class Session:
             vocab_size=self.manifest.vocab_size,
             max_sequence_length=self.manifest.max_sequence_length,
         )
-        check_fixed_axes(ids, self._tokens)
-        logits = self._run([self._logits.name], {self._tokens.name: ids})[0]
-        self._check_shape(logits, ids)
-        return logits.astype(np.float32, copy=False)
+        check_fixed_axes(ids, self.graph.spec.input(Role.TOKENS))
+        return self.graph.all_logits(ids).astype(np.float32, copy=False)
 
-    def _run(self, outputs: list[str], feeds: dict[str, npt.NDArray[Any]]) -> list[Floats]:
-        try:
-            return list(self._inference.run(outputs, feeds))
-        except Exception as error:  # ONNX Runtime's errors have no common base class
-            raise CosmosRuntimeError(f"{self.bundle.path}: ONNX Runtime failed: {first_line(error)}") from error
 
-    def _check_shape(self, logits: Floats, ids: TokenIds) -> None:
-        expected = (*ids.shape, self.manifest.vocab_size)
-        if logits.shape != expected:
-            raise BundleError(
-                f"{self.bundle.path}: expected logits of shape {expected}, got {logits.shape}; export the bundle again"
-            )
+_CHECKS = {FULL_SEQUENCE: check_full_sequence, DECODER: check_decoder}
+
+
+def _known_graph(name: str) -> str:
+    if name not in _CHECKS:
+        raise InputError(f"graph: expected {DECODER!r} or {FULL_SEQUENCE!r}, got {name!r}")
+    return name
+
+
+def _default_graph(manifest: Manifest) -> str:
+    """The graph that this runtime runs fastest. Raises: BundleError where it knows none of the bundle's."""
+    for name in (DECODER, FULL_SEQUENCE):
+        if name in manifest.graphs:
+            return name
+    raise BundleError(
+        f"{MANIFEST_NAME}: graphs: expected {DECODER!r} or {FULL_SEQUENCE!r}, got {', '.join(manifest.graphs)}; "
+        f"upgrade this runtime with: pip install --upgrade cosmos-export"
+    )

@@ -1,12 +1,16 @@
 """Does a loaded graph have the inputs and outputs that the manifest promises?"""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Protocol
 
+from cosmos_runtime.cache import CACHE_PARTS, cache_pairs
 from cosmos_runtime.errors import BundleError
 from cosmos_runtime.manifest import GraphSpec, Role, TensorSpec
 
 _ORT_DTYPES = {"float": "float32", "double": "float64"}
+
+_DECODER_INPUTS = {Role.TOKENS, Role.ATTENTION_MASK, Role.LOGIT_OFFSETS, Role.PAST_KEY, Role.PAST_VALUE}
+_CACHE_DTYPES = ("float32", "float16", "int8", "uint8")
 
 
 class _NodeArg(Protocol):
@@ -19,12 +23,13 @@ class _NodeArg(Protocol):
 
 class _Session(Protocol):
     def get_inputs(self) -> Iterable[_NodeArg]: ...
+    def get_overridable_initializers(self) -> Iterable[_NodeArg]: ...
     def get_outputs(self) -> Iterable[_NodeArg]: ...
 
 
 def check_signature(session: _Session, graph: GraphSpec) -> None:
     """Compare names, types, ranks and fixed sizes. Raises: BundleError naming the tensor that differs."""
-    _check_tensors(session.get_inputs(), graph.inputs, f"{graph.file}: inputs")
+    _check_tensors(_inputs(session, graph), graph.inputs, f"{graph.file}: inputs")
     _check_tensors(session.get_outputs(), graph.outputs, f"{graph.file}: outputs")
 
 
@@ -33,17 +38,73 @@ def check_full_sequence(graph: GraphSpec, vocab_size: int) -> None:
 
     Raises: BundleError saying what differs.
     """
-    unknown = [tensor.role for tensor in graph.inputs if tensor.role != Role.TOKENS]
-    if unknown:
+    _expect_roles(graph, {Role.TOKENS})
+    _check_tokens_and_logits(graph, vocab_size)
+
+
+def check_decoder(graph: GraphSpec, vocab_size: int) -> None:
+    """Check that this runtime can run `graph`: also mask, logit offsets and a cache (B, K, L, E) a layer and part,
+    which the graph continues without a change of type or shape, for any number of tokens.
+
+    Raises: BundleError saying what differs.
+    """
+    _expect_roles(graph, _DECODER_INPUTS)
+    _check_tokens_and_logits(graph, vocab_size)
+    _expect(graph, graph.input(Role.ATTENTION_MASK), ("int64",), rank=2)
+    _expect(graph, graph.input(Role.LOGIT_OFFSETS), ("int64",), rank=1)
+    _check_cache(graph)
+    for role in (Role.TOKENS, Role.ATTENTION_MASK):
+        tensor = graph.input(role)
+        if isinstance(tensor.shape[1], int):
+            raise BundleError(f"{graph.file}: {tensor.name}: expected a dynamic length, got {list(tensor.shape)}")
+
+
+def _check_cache(graph: GraphSpec) -> None:
+    counts = [
+        sum(tensor.role == role for tensor in tensors)
+        for past, present in CACHE_PARTS
+        for role, tensors in ((past, graph.inputs), (present, graph.outputs))
+    ]
+    if len(set(counts)) != 1:
         raise BundleError(
-            f"{graph.file}: this runtime feeds only {Role.TOKENS.value!r}, the graph also wants {', '.join(unknown)}; "
-            f"upgrade it with: pip install --upgrade cosmos-export"
+            f"{graph.file}: expected past and present, key and value of every layer, got {counts} of them; "
+            f"export the bundle again"
         )
+    for past, present in cache_pairs(graph):
+        if (present.dtype, present.shape) != (past.dtype, past.shape):
+            raise BundleError(
+                f"{graph.file}: {present.name}: expected {past.dtype} {list(past.shape)} as {past.name} is, "
+                f"got {present.dtype} {list(present.shape)}; export the bundle again"
+            )
+        _expect(graph, past, _CACHE_DTYPES, rank=4)
+        if [isinstance(axis, int) for axis in past.shape[1:]] != [True, False, True]:
+            raise BundleError(
+                f"{graph.file}: {past.name}: expected fixed heads and channels and a dynamic length (B, K, L, E), "
+                f"got {list(past.shape)}; export the bundle again"
+            )
+
+
+def _check_tokens_and_logits(graph: GraphSpec, vocab_size: int) -> None:
     tokens, logits = graph.input(Role.TOKENS), graph.output(Role.LOGITS)
     _expect(graph, tokens, ("int64",), rank=2)
     _expect(graph, logits, ("float32", "float16"), rank=3)
     if isinstance(logits.shape[2], int) and logits.shape[2] != vocab_size:
         raise BundleError(f"{graph.file}: {logits.name}: expected {vocab_size} logits a token, got {logits.shape[2]}")
+
+
+def _expect_roles(graph: GraphSpec, known: Set[Role]) -> None:
+    unknown = sorted({tensor.role for tensor in graph.inputs} - known)
+    if unknown:
+        raise BundleError(
+            f"{graph.file}: this runtime feeds only {', '.join(sorted(known))}; the graph also wants "
+            f"{', '.join(unknown)}; upgrade it with: pip install --upgrade cosmos-export"
+        )
+
+
+def _inputs(session: _Session, graph: GraphSpec) -> list[_NodeArg]:
+    """What a graph wants to be fed, with the inputs that have a default value as far as the manifest names them."""
+    named = {tensor.name for tensor in graph.inputs}
+    return [*session.get_inputs(), *(arg for arg in session.get_overridable_initializers() if arg.name in named)]
 
 
 def _expect(graph: GraphSpec, tensor: TensorSpec, dtypes: tuple[str, ...], rank: int) -> None:

@@ -3,6 +3,9 @@
 Providers differ in what they do with a bad id (an error, a wrapped index, silence), so none of them is asked.
 """
 
+import operator
+from typing import SupportsIndex
+
 import numpy as np
 import numpy.typing as npt
 
@@ -30,6 +33,18 @@ def token_row(prompt_ids: npt.ArrayLike, *, vocab_size: int, max_sequence_length
     if ids.ndim != 1:
         raise InputError(f"prompt_ids: expected one prompt of shape (T,), got {ids.shape}; generate one row at a time")
     return token_batch(ids, vocab_size=vocab_size, max_sequence_length=max_sequence_length).reshape(-1)
+
+
+def token_count(name: str, value: SupportsIndex, minimum: int) -> int:
+    """Check a number of tokens. Raises: InputError."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = minimum - 1
+    if count < minimum or isinstance(value, bool):
+        expected = "a positive integer" if minimum else "an integer, 0 or more"
+        raise InputError(f"{name}: expected {expected}, got {value!r}")
+    return count
 
 
 def check_fixed_axes(ids: TokenIds, spec: TensorSpec) -> None:

@@ -18,7 +18,7 @@ from cosmos_export.cli import main as export_main
 from cosmos_export.model.loading import load_decoder
 from cosmos_export.parity.verify import verify_bundle
 from cosmos_export.pipeline import export_onnx
-from cosmos_export.resources import demo_checkpoint
+from cosmos_export.resources import demo_checkpoint, recipe_names
 from cosmos_runtime import Bundle, load
 from cosmos_runtime.cli import main as run_main
 
@@ -37,7 +37,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.exit_code == 0, result.output
     last = result.stdout.splitlines()[-1]
     assert str(out) in last
-    assert "equal float64 within the fp32 gate" in last
+    assert "equal float64 within the gate" in last
     return out
 
 
@@ -71,7 +71,14 @@ def test_the_bundle_is_whole_and_says_what_was_proven(demo):
     bundle = Bundle.open(demo)
     bundle.check_hashes()
     manifest = bundle.manifest
-    assert set(manifest.files) == {"config.json", "model.onnx", "model.onnx.data", "tokenizer.json"}
+    assert set(manifest.files) == {
+        "config.json",
+        "genai.onnx",
+        "genai_config.json",
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+    }
     assert manifest.parity is not None
     assert manifest.parity["passed"] is True
     assert manifest.parity["longest_sequence"] == 256
@@ -133,9 +140,10 @@ def test_a_failed_proof_leaves_nothing_and_exits_with_1(small_checkpoint, tmp_pa
 def _attach_with_a_fault(attach):
     """Weights of a checkpoint whose value heads are a little too large."""
 
-    def attach_scaled(model, checkpoint):
+    def attach_scaled(model, checkpoint, recipe):
         wrong = {n: checkpoint.tensor(n) * (1.01 if n.endswith("v_proj.weight") else 1) for n in checkpoint.names}
-        attach(model, Checkpoint.from_tensors(checkpoint.config, wrong, {"kind": "preset", "location": "wrong"}))
+        origin = {"kind": "preset", "location": "wrong"}
+        attach(model, Checkpoint.from_tensors(checkpoint.config, wrong, origin), recipe)
 
     return attach_scaled
 
@@ -146,7 +154,7 @@ def _attach_with_a_fault(attach):
         (["--preset", "gigantic"], 2, "gigantic"),
         (["--checkpoint", "nowhere"], 1, "no checkpoint folder at nowhere"),
         (["--checkpoint", "a", "--preset", "beginner"], 2, "give one of them"),
-        (["--recipe", "int3"], 1, "there are: fp32"),
+        (["--recipe", "int3"], 1, f"there are: {', '.join(recipe_names())}"),
         (["--outt", "x"], 2, "--out"),
         (["--seed", "-1"], 2, "seed"),
         (["stray"], 2, "stray"),

@@ -38,7 +38,7 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 def test_without_a_fault_the_same_way_of_exporting_passes(small_checkpoint, recipe, tmp_path, monkeypatch):
     report = _export_and_verify(small_checkpoint, recipe, tmp_path, monkeypatch, lambda _: None)
     assert report.passed
-    assert report.stored.passed
+    assert all(stored.passed for stored in report.stored)
 
 
 def _query_positions_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def _norm_without_eps(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_fault_of_the_graph_fails_the_logit_gate(mutate, small_checkpoint, recipe, tmp_path, monkeypatch):
     report = _export_and_verify(small_checkpoint, recipe, tmp_path, monkeypatch, mutate)
-    assert report.stored.passed, "the fault is in the graph, so the weights are still equal"
+    assert all(stored.passed for stored in report.stored), "the fault is in the graph, so the weights are still equal"
     assert report.count(Verdict.FAIL) > 0
     assert not report.passed
 
@@ -161,7 +161,7 @@ def test_a_fault_of_the_weights_fails(tensor, perturb, logits_show_it, small_bun
     folder = _copy_with_fault(small_bundle, tmp_path, {tensor: perturb})
     report = verify_bundle(folder, small_checkpoint)
     assert not report.passed
-    assert [p.split()[0] for p in report.stored.problems] == [tensor]
+    assert [p.split()[0] for p in report.stored_problems] == [tensor]
     assert (report.count(Verdict.FAIL) > 0) == logits_show_it
 
 
@@ -174,7 +174,7 @@ def test_both_rotary_tables_late_changes_no_logit_but_fails(small_bundle, small_
     report = verify_bundle(_copy_with_fault(small_bundle, tmp_path, fault), small_checkpoint)
     assert report.count(Verdict.FAIL) == 0
     assert not report.passed
-    assert {p.split()[0] for p in report.stored.problems} == {"rope.cos", "rope.sin"}
+    assert {p.split()[0] for p in report.stored_problems} == {"rope.cos", "rope.sin"}
 
 
 def _table_one_position_late(function: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], None]:
@@ -202,8 +202,8 @@ def _export_and_verify(
     with monkeypatch.context() as patched:
         mutate(patched)
         program = trace(skeleton(checkpoint.config), GRAPH, spec)
-    program = run_passes(program)
-    attach_weights(program, checkpoint)
+    program = run_passes(program, recipe)
+    attach_weights(program, checkpoint, recipe)
     bundles.write_graph(folder, GRAPH, spec.file, program)
     bundles.write_companions(folder, checkpoint)
     bundles.seal(folder, "mutant", checkpoint, recipe, {GRAPH: spec}, causal=True)

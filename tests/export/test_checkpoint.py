@@ -19,9 +19,11 @@ from cosmos_export.errors import CheckpointError, ConfigError
 from cosmos_export.model.loading import load_decoder, random_checkpoint
 from cosmos_export.onnx.passes import run_passes
 from cosmos_export.onnx.weights import attach_weights
+from cosmos_export.recipe import ExportRecipe
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 Q_PROJ = "layers.0.attention.q_proj.weight"
+FP32 = ExportRecipe.load("fp32")
 
 State = dict[str, Tensor]
 
@@ -308,8 +310,8 @@ def test_unused_tensors_are_never_read(tiny_checkpoint: Checkpoint, tiny_trace: 
     checkpoint = replace(tiny_checkpoint, stored={"learning_engine.x": never, **tiny_checkpoint.stored})
     model = load_decoder(checkpoint)
     assert torch.equal(model.tok_embeddings.weight, tiny_checkpoint.tensor(EMBEDDING))
-    graph = run_passes(tiny_trace)
-    attach_weights(graph, checkpoint)
+    graph = run_passes(tiny_trace, FP32)
+    attach_weights(graph, checkpoint, FP32)
     values = [value.const_value for value in graph.graph.initializers.values()]
     assert all(value is not None and value.numpy().size for value in values)
 
@@ -321,7 +323,7 @@ def test_opening_and_attaching_read_nothing(
     write_safetensors(folder, state)
     monkeypatch.setattr(StoredTensor, "read", property(lambda self: _refuse, lambda self, value: None), raising=False)
     checkpoint = replace(Checkpoint.open(folder))
-    attach_weights(run_passes(tiny_trace), checkpoint)
+    attach_weights(run_passes(tiny_trace, FP32), checkpoint, FP32)
     with pytest.raises(AssertionError, match="was read"):
         checkpoint.tensor(EMBEDDING)
 
@@ -329,7 +331,7 @@ def test_opening_and_attaching_read_nothing(
 def test_attached_weights_must_fit_the_graph(tiny_checkpoint: Checkpoint, tiny_trace: ir.Model) -> None:
     wrong = tiny_checkpoint.stored | {Q_PROJ: StoredTensor((32, 64), torch.float32, _refuse)}
     with pytest.raises(CheckpointError, match=rf"{Q_PROJ} has shape \(32, 64\), expected \(64, 32\)"):
-        attach_weights(run_passes(tiny_trace), replace(tiny_checkpoint, stored=wrong))
+        attach_weights(run_passes(tiny_trace, FP32), replace(tiny_checkpoint, stored=wrong), FP32)
 
 
 def test_random_checkpoints_repeat_and_leave_the_generator_alone(tiny_config: CosmosAdvancedConfig) -> None:

@@ -46,7 +46,11 @@ def test_a_tile_checkpoint_is_the_same_model(heads: int, kv_heads: int) -> None:
         name = f"layers.0.attention.{n}_proj.weight"
         getattr(layer, f"{n}_proj").weight.copy_(tile_to_interleave(name, torch.from_numpy(weight), config))
     x = generator.standard_normal((5, config.dim))
-    result = layer(torch.from_numpy(x)[None], lambda _, q, k, v: grouped_query_attention(q, k, v))
+
+    def attend(_: int, *projected: torch.Tensor) -> torch.Tensor:
+        return grouped_query_attention(*(p.unflatten(-1, (-1, config.head_dim)) for p in projected)).flatten(-2)
+
+    result = layer(torch.from_numpy(x)[None], attend)
     np.testing.assert_allclose(result[0].numpy(), tile_attention(x, weights, config), rtol=1e-12, atol=1e-12)
 
 

@@ -1,55 +1,17 @@
 """Graph passes on hand-made graphs: what they match, what they leave alone, and that the result is the same."""
 
-import re
-from collections.abc import Mapping
-
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
 
 from cosmos_export.onnx.passes import NameByModule, ShareTiedProjection, StoreTransposed, run_passes
+from cosmos_export.recipe import ExportRecipe
 
-Arrays = Mapping[str, np.ndarray]
+from .hand_made_graphs import Arrays, assert_left_alone, build, operators, run
 
 WEIGHT = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)  # V 5, D 4
 SQUARE = np.random.default_rng(1).standard_normal((4, 4)).astype(np.float32)
 IDS = np.array([[1, 0, 3], [3, 2, 2]])
-
-
-def build(
-    body: str, weights: Arrays, *, valued: bool = True, inputs: str = "int64[B, T] ids", output: str = "[B, T, N]"
-) -> ir.Model:
-    """A graph of opset 20 that returns y; those of `weights` that it reads are initializers, valued or not."""
-    read = {name: array for name, array in weights.items() if re.search(rf"\b{name}\b", body)}
-    declared = [inputs, *(f"float{list(array.shape)} {name}" for name, array in read.items())]
-    model = ir.from_onnx_text(
-        f"""<ir_version: 9, opset_import: ["" : 20, "other" : 1]>
-        g ({", ".join(declared)}) => (float{output} y) {{ {body} }}"""
-    )
-    for value in [value for value in model.graph.inputs if value.name in read]:
-        model.graph.inputs.remove(value)
-        value.const_value = ir.tensor(read[value.name or ""], name=value.name) if valued else None
-        model.graph.initializers.add(value)
-    return model
-
-
-def run(model: ir.Model, **inputs: np.ndarray) -> np.ndarray:
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto, full_check=True)
-    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, inputs)[0]
-
-
-def operators(model: ir.Model) -> list[str]:
-    return [node.op_type for node in model.graph]
-
-
-def assert_left_alone(graph_pass: ir.passes.PassBase, model: ir.Model) -> None:
-    before = ir.to_proto(model).SerializeToString()
-    assert graph_pass(model).modified is False
-    assert ir.to_proto(model).SerializeToString() == before
 
 
 # ShareTiedProjection
@@ -290,7 +252,7 @@ def test_names_stay_unique_beside_nodes_that_have_one(traced: ir.Model) -> None:
 
 
 def test_all_passes_leave_no_transposed_weight_and_nothing_to_do(tiny_trace: ir.Model) -> None:
-    model = run_passes(tiny_trace)
+    model = run_passes(tiny_trace, ExportRecipe.load("fp32"))
     weights = set(model.graph.initializers.values())
     assert not [node for node in model.graph if node.op_type == "Transpose" and node.inputs[0] in weights]
     for graph_pass in (NameByModule(), ShareTiedProjection(), StoreTransposed()):

@@ -1,14 +1,18 @@
 """Export recipes: found by name or path, and refused with the key and the value that are wrong."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import RecipeError
+from cosmos_export.onnx.quantize import Quantization
 from cosmos_export.recipe import ExportRecipe
-from cosmos_export.resources import DEFAULT_RECIPE, recipe_names
+from cosmos_export.resources import DEFAULT_RECIPES, recipe_names
 
 GOOD = {"description": "'''test'''", "precision": "'fp32'", "dialect": "'portable'", "opset": "21"} | {
     "graphs": "['full_sequence']"
@@ -23,9 +27,13 @@ def write(folder: Path, **changes: str | None) -> Path:
     return path
 
 
-def test_fp32_is_the_default_and_portable() -> None:
+def test_what_is_exported_when_nobody_says_how() -> None:
+    assert DEFAULT_RECIPES == {True: "cpu-fp32", False: "fp32"}
+    assert ExportRecipe.load(DEFAULT_RECIPES[True]).graphs == ("decoder",)
+
+
+def test_fp32_is_portable() -> None:
     recipe = ExportRecipe.load("fp32")
-    assert DEFAULT_RECIPE == "fp32"
     assert (recipe.name, recipe.precision, recipe.dialect, recipe.opset) == ("fp32", "fp32", "portable", 20)
     assert recipe.graphs == ("full_sequence",)
     assert recipe.description
@@ -105,3 +113,129 @@ def test_a_recipe_cannot_name_itself(tmp_path: Path) -> None:
 def test_a_wrong_value_is_refused_with_key_and_value(tmp_path: Path, key: str, value: Any, given: str) -> None:
     with pytest.raises(RecipeError, match=f"{key}.*got.*{given}"):
         ExportRecipe.load(str(write(tmp_path, **{key: value})))
+
+
+# Quantising recipes
+
+FORM = "{bits = 4, block_size = 32, symmetric = false, accuracy_level = 4}"
+EIGHT = "{bits = 8, block_size = 64, symmetric = true, accuracy_level = 0}"
+QUANTISED = {"precision": "'int4'", "dialect": "'ort'", "opset": "23", "graphs": "['decoder']", "quantization": FORM}
+
+
+def quantised(folder: Path, **changes: str | None) -> ExportRecipe:
+    return ExportRecipe.load(str(write(folder, **{**QUANTISED, **changes})))
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "bits", "embedding_bits"),
+    [("cpu-fp32", "fp32", None, None), ("cpu-int8", "int8", 8, 8), ("cpu-int4", "int4", 4, 8)],
+)
+def test_the_cpu_recipes_decode_in_their_precision(
+    name: str, precision: str, bits: int | None, embedding_bits: int | None
+) -> None:
+    recipe = ExportRecipe.load(name)
+    assert (recipe.precision, recipe.dialect, recipe.graphs) == (precision, "ort", ("decoder",))
+    forms = (recipe.form_of("layers.0.feed_forward.w2.weight"), recipe.form_of("tok_embeddings.weight"))
+    assert [form and form.bits for form in forms] == [bits, embedding_bits]
+
+
+def test_each_matrix_has_the_form_of_its_product(tmp_path: Path) -> None:
+    """Projections that one product does together are stored alike, asked for one by one or packed."""
+    recipe = quantised(tmp_path, overrides=f"{{qkv_proj = {EIGHT}}}", embedding=EIGHT.replace("8", "4"))
+    four, eight = Quantization(4, 32, False, 4), Quantization(8, 64, True, 0)
+    expected = {
+        "tok_embeddings.weight": Quantization(4, 64, True, 0),
+        "layers.0.attention.q_proj.weight": eight,
+        "layers.3.attention.k_proj.weight": eight,
+        "layers.3.attention.v_proj.weight": eight,
+        "layers.3.attention.qkv_proj.weight": eight,
+        "layers.0.attention.o_proj.weight": four,
+        "layers.0.feed_forward.w1.weight": four,
+        "layers.0.feed_forward.w3.weight": four,
+        "layers.0.feed_forward.w1_w3.weight": four,
+        "layers.11.feed_forward.w2.weight": four,
+        "layers.0.norm1.weight": None,
+        "norm.weight": None,
+        "rope.cos": None,
+        "w2": None,
+    }
+    assert {name: recipe.form_of(name) for name in expected} == expected
+
+
+def test_float32_recipes_quantise_nothing() -> None:
+    recipe = ExportRecipe.load("cpu-fp32")
+    assert recipe.form_of("tok_embeddings.weight") is None
+    assert recipe.form_of("layers.0.attention.q_proj.weight") is None
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_what_a_recipe_says_survives_the_manifest(name: str) -> None:
+    recipe = ExportRecipe.load(name)
+    recorded = json.loads(json.dumps(recipe.to_dict()))
+    again = ExportRecipe.from_manifest(recorded)
+    assert replace(again, name=name) == recipe
+    assert {"quantization", "embedding"} & recorded.keys() == {
+        key for key in ("quantization", "embedding") if getattr(recipe, key) is not None
+    }
+
+
+def test_overrides_survive_the_manifest(tmp_path: Path) -> None:
+    recipe = quantised(tmp_path, overrides=f"{{w2 = {EIGHT}}}")
+    again = ExportRecipe.from_manifest(json.loads(json.dumps(recipe.to_dict())))
+    assert again.overrides == recipe.overrides == {"w2": Quantization(8, 64, True, 0)}
+    assert again.form_of("layers.0.feed_forward.w2.weight") == Quantization(8, 64, True, 0)
+
+
+def test_the_name_survives_the_manifest() -> None:
+    assert ExportRecipe.from_manifest(ExportRecipe.load("cpu-int4").to_dict()).name == "cpu-int4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization": None}, "int4.*quantization"),
+        ({"precision": "'fp32'"}, "fp32.*quantization"),
+        ({"dialect": "'portable'", "graphs": "['full_sequence']"}, "dialect 'ort'.*portable"),
+        ({"quantization": "4"}, "quantization.*bits.*got 4"),
+        ({"quantization": "{bits = 4}"}, "quantization.*accuracy_level.*block_size.*got"),
+        ({"quantization": FORM.replace("}", ", zero = 1}")}, "quantization.*got.*zero"),
+        ({"quantization": FORM.replace("bits = 4", "bits = 3")}, "quantization.bits.*4, 8.*got 3"),
+        ({"quantization": FORM.replace("bits = 4", "bits = 4.0")}, r"quantization.bits.*got 4\.0"),
+        ({"quantization": FORM.replace("32", "48")}, "quantization.block_size.*16, 32.*got 48"),
+        ({"quantization": FORM.replace("32", "8")}, "quantization.block_size.*got 8"),
+        ({"quantization": FORM.replace("false", "0")}, "quantization.symmetric.*got 0"),
+        ({"quantization": FORM.replace("level = 4", "level = 2")}, "quantization.accuracy_level.*0, 1, 4.*got 2"),
+        ({"embedding": EIGHT.replace("bits = 8", "bits = 16")}, "embedding.bits.*got 16"),
+        ({"embedding": FORM}, "embedding.symmetric"),
+        ({"overrides": "3"}, "overrides.*got 3"),
+        ({"overrides": f"{{q_proj = {EIGHT}}}"}, "overrides.*qkv_proj.*got 'q_proj'"),
+        ({"overrides": "{w2 = 8}"}, "overrides.w2.*got 8"),
+        ({"overrides": f"{{w2 = {EIGHT.replace('64', '65')}}}"}, "overrides.w2.block_size.*got 65"),
+    ],
+)
+def test_a_wrong_quantisation_is_refused_with_what_is_wrong(
+    tmp_path: Path, changes: dict[str, str | None], words: str
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        quantised(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("key", ["embedding", "overrides"])
+def test_float32_and_portable_mean_that_nothing_is_quantised(tmp_path: Path, key: str) -> None:
+    value = EIGHT if key == "embedding" else f"{{w2 = {EIGHT}}}"
+    with pytest.raises(RecipeError, match=key):
+        ExportRecipe.load(str(write(tmp_path, **{key: value})))
+
+
+def test_a_cache_needs_a_causal_model(make_config: Callable[..., CosmosAdvancedConfig]) -> None:
+    with pytest.raises(RecipeError, match=r"cpu-fp32.*causal.*fp32"):
+        ExportRecipe.load("cpu-fp32").check_fits(make_config(), causal=False)
+    ExportRecipe.load("fp32").check_fits(make_config(), causal=False)
+    ExportRecipe.load("cpu-fp32").check_fits(make_config(), causal=True)
+
+
+def test_blocks_of_the_embedding_must_divide_its_width(make_config: Callable[..., CosmosAdvancedConfig]) -> None:
+    recipe = ExportRecipe.load("cpu-int4")
+    with pytest.raises(RecipeError, match=r"cpu-int4.*32.*dim 48"):
+        recipe.check_fits(make_config(dim=48), causal=True)
+    recipe.check_fits(make_config(dim=96), causal=True)

@@ -20,9 +20,12 @@ from cosmos_export.onnx.passes import run_passes
 from cosmos_export.onnx.signature import graph_file, graph_spec, weights_file
 from cosmos_export.onnx.trace import trace
 from cosmos_export.onnx.weights import attach_weights
+from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime.manifest import FULL_SEQUENCE
 
 MakeConfig = Callable[..., CosmosAdvancedConfig]
+
+FP32 = ExportRecipe.load("fp32")
 
 
 class Exported(NamedTuple):
@@ -61,9 +64,10 @@ def exported(request: Any, make_config: MakeConfig, tmp_path_factory: Any) -> Ex
             skeleton(checkpoint.config, causal=causal),
             FULL_SEQUENCE,
             graph_spec(FULL_SEQUENCE, checkpoint.config, opset),
-        )
+        ),
+        FP32,
     )
-    attach_weights(graph, checkpoint)
+    attach_weights(graph, checkpoint, FP32)
     folder = tmp_path_factory.mktemp("graph")
     write_graph(folder, FULL_SEQUENCE, graph_file(FULL_SEQUENCE), graph)
     return Exported(folder / graph_file(FULL_SEQUENCE), opset, checkpoint, load_decoder(checkpoint, causal=causal))
@@ -179,7 +183,7 @@ def test_a_graph_that_there_is_not_is_refused_with_those_there_are(tiny_config: 
 
 def test_a_model_that_cannot_be_traced_is_an_export_error(tiny_config: CosmosAdvancedConfig) -> None:
     model = skeleton(tiny_config)
-    model.forward = lambda input_ids: model.tok_embeddings(input_ids[:, : int(input_ids.sum())])  # data-dependent
+    model.hidden_states = lambda ids: model.tok_embeddings(ids[:, : int(ids.sum())])  # a length that depends on data
     with pytest.raises(ExportError, match=r"batch.*sequence"):
         trace(model, FULL_SEQUENCE, graph_spec(FULL_SEQUENCE, model.config, 20))
 
@@ -187,4 +191,4 @@ def test_a_model_that_cannot_be_traced_is_an_export_error(tiny_config: CosmosAdv
 def test_an_initializer_of_another_type_is_refused(tiny_trace: ir.Model, tiny_checkpoint: Checkpoint) -> None:
     tiny_trace.graph.initializers["norm.weight"].dtype = ir.DataType.DOUBLE
     with pytest.raises(ExportError, match=r"norm\.weight.*float32"):
-        attach_weights(tiny_trace, tiny_checkpoint)
+        attach_weights(tiny_trace, tiny_checkpoint, FP32)

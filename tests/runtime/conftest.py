@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from cosmos_runtime import FileEntry, Session, load
+from cosmos_runtime import FULL_SEQUENCE, FileEntry, Session, load
 
 from .tiny_bundles import BundleFactory, chain, make_manifest, write_bundle
+from .tiny_decoders import write_decoder_bundle
 
 
 @pytest.fixture
@@ -38,6 +39,24 @@ def write_session(make_bundle: BundleFactory) -> Callable[..., Session]:
         return load(make_bundle(chain(text), **changes), threads=1)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def decoder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that holds the same random one-layer model as a decoder and as a full-sequence graph."""
+    return write_decoder_bundle(tmp_path_factory.mktemp("decoder") / "bundle", graphs=("decoder", "full_sequence"))
+
+
+@pytest.fixture(scope="session")
+def decoding(decoder_path: Path) -> Session:
+    """The model of `decoder_path`, with its cache."""
+    return load(decoder_path, threads=1)
+
+
+@pytest.fixture(scope="session")
+def recomputing(decoder_path: Path) -> Session:
+    """The model of `decoder_path`, as a full-sequence graph."""
+    return load(decoder_path, threads=1, graph=FULL_SEQUENCE)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cosmos_runtime.session
+from cosmos_runtime import load, score
+from cosmos_runtime.bench import Run, summarise
 from cosmos_runtime.cli import main
 
 from .tiny_bundles import BundleFactory, chain, encode
@@ -102,7 +104,7 @@ def test_bad_defaults_are_the_bundles_fault(make_bundle: BundleFactory, generati
     assert f"error: manifest.json: generation.{next(iter(generation))}: expected" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["generate", "inspect"])
+@pytest.mark.parametrize("command", ["generate", "inspect", "score", "bench"])
 def test_missing_bundle(tmp_path: Path, command: str) -> None:
     result = run(command, tmp_path / "nothing", stdin="a")
     assert result.exit_code == 1
@@ -117,6 +119,10 @@ def test_missing_bundle(tmp_path: Path, command: str) -> None:
         ("generate", "x", "--top-p", "0"),
         ("generate", "x", "--provider", "tpu"),
         ("generate", "x", "--greedy", "--temperature", "0.5"),
+        ("generate", "x", "--speculate", "-1"),
+        ("score", "x", "--text", "a", "--file", __file__),
+        ("score", "x", "--file", "/no/such/file"),
+        ("bench", "x", "--new-tokens", "1"),
         ("nonsense",),
     ],
 )
@@ -126,7 +132,7 @@ def test_usage_errors(arguments: tuple[str, ...]) -> None:
 
 def test_no_prompt_at_a_terminal(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "cosmos_runtime.cli.generate.sys", type("S", (), {"stdin": type("T", (), {"isatty": lambda: True})})
+        "cosmos_runtime.cli.text.sys", type("S", (), {"stdin": type("T", (), {"isatty": lambda: True})})
     )
     result = run("generate", writer)
     assert result.exit_code == 2
@@ -138,9 +144,117 @@ def test_interrupt(writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cosmos_runtime.session.Session, "logits", interrupt)
-    result = run("generate", writer, "--prompt", "a")
-    assert result.exit_code == 130
-    assert "interrupted" in result.stderr
+    for arguments in (("generate", writer, "--prompt", "a"), ("score", writer, "--text", "abc"), ("bench", writer)):
+        result = run(*arguments, *(("--prompt-tokens", 2, "--new-tokens", 2) if arguments[0] == "bench" else ()))
+        assert result.exit_code == 130
+        assert result.stdout == ("a" if arguments[0] == "generate" else "")
+        assert "interrupted" in result.stderr
+
+
+def test_generate_speculating(decoder_path: Path) -> None:
+    options = ("--prompt", "abcabcabc", "--greedy", "--max-new-tokens", 20, "--json")
+    plain, speculating = (
+        json.loads(run("generate", decoder_path, *options, *more).stdout) for more in ((), ("--speculate", 4))
+    )
+    assert speculating["tokens"] == plain["tokens"]
+    result = run("generate", decoder_path, "--prompt", "a", "--temperature", 1, "--speculate", 4)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: speculate: expected greedy sampling, got temperature 1.0")
+
+
+def test_generate_at_least(writer: Path) -> None:
+    result = run("generate", writer, "--prompt", "a", "--min-new-tokens", 7, "--max-new-tokens", 7)
+    assert "7 tokens" in result.stderr
+    assert "finish reason: length" in result.stderr
+
+
+@pytest.mark.parametrize("way", ["option", "file", "pipe", "dash"])
+def test_score(decoder_path: Path, tmp_path: Path, way: str) -> None:
+    (tmp_path / "text.txt").write_text("h€llo", encoding="utf-8")
+    arguments, stdin = {
+        "option": (("--text", "h€llo"), None),
+        "file": (("--file", tmp_path / "text.txt"), None),
+        "pipe": ((), "h€llo\n"),
+        "dash": (("--text", "-"), "h€llo\n"),
+    }[way]
+    result = run("score", decoder_path, *arguments, "--threads", 1, stdin=stdin)
+    wanted = score(load(decoder_path, threads=1), encode("h€llo"))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (
+        f"7 tokens, log-probability {wanted.total:.4f}, {wanted.mean_nats:.4f} nats a token, "
+        f"perplexity {wanted.perplexity:.4f}\n"
+    )
+
+
+def test_score_json(decoder_path: Path) -> None:
+    report = json.loads(run("score", decoder_path, "--text", "a€", "--json", "--threads", 1).stdout)
+    wanted = score(load(decoder_path, threads=1), "a€")
+    assert report == {
+        "tokens": encode("a€"),
+        "texts": ["a", *3 * ["\ufffd"]],
+        "log_probabilities": wanted.log_probabilities.tolist(),
+        "total": wanted.total,
+        "mean_nats": wanted.mean_nats,
+        "perplexity": wanted.perplexity,
+    }
+
+
+def test_score_of_too_little(decoder_path: Path) -> None:
+    result = run("score", decoder_path, "--text", "a")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: score: expected at least 2 tokens, got 1")
+
+
+@pytest.mark.parametrize("name", ["decoder_path", "writer"])
+def test_bench_json(name: str, request: pytest.FixtureRequest) -> None:
+    options = ("--prompt-tokens", 3, "--new-tokens", 5, "--repeat", 2, "--threads", 1, "--json")
+    result = run("bench", request.getfixturevalue(name), *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    setting = {
+        key: report.pop(key) for key in ("bundle", "provider", "threads", "prompt_tokens", "new_tokens", "repeat")
+    }
+    assert setting == {
+        "bundle": "tiny",
+        "provider": "cpu",
+        "threads": 1,
+        "prompt_tokens": 3,
+        "new_tokens": 5,
+        "repeat": 2,
+    }
+    assert all(value > 0 for value in report.values())
+    assert 0 < report["host_share"] < 1
+    assert report["ms_per_token_min"] <= report["ms_per_token_median"] <= report["ms_per_token_max"]
+
+
+def test_bench_summary() -> None:
+    runs = [
+        Run(0.5, [0.002, 0.004], [0.0015, 0.003]),
+        Run(0.25, [0.001, 0.001], [0.0009, 0.0009]),
+        Run(0.125, [0.003, 0.003], [0.0027, 0.0027]),
+    ]
+    result = summarise(100, 3, runs)
+    assert result.prefill_ms == pytest.approx(250)
+    assert result.prefill_tokens_per_second == pytest.approx(400)
+    assert result.decode_tokens_per_second == pytest.approx(1000 / 3)
+    assert (result.ms_per_token_min, result.ms_per_token_max) == pytest.approx((1, 4))
+    assert result.ms_per_token_median == pytest.approx(2.5)
+    assert result.host_us_per_token == pytest.approx(300)
+    assert result.host_share == pytest.approx(0.3 / 2.5)
+
+
+def test_bench(decoder_path: Path) -> None:
+    result = run("bench", decoder_path, "--prompt-tokens", 3, "--new-tokens", 5, "--repeat", 1)
+    assert result.exit_code == 0, result.output
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names == ["load", "prefill", "decode", "host", "memory"]
+    assert "(3 tokens in " in result.stdout
+
+
+def test_bench_of_too_much(decoder_path: Path) -> None:
+    result = run("bench", decoder_path, "--prompt-tokens", 90, "--new-tokens", 7)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "bench: expected at most 96 tokens of prompt and answer, got 90 + 7" in result.stderr
 
 
 def test_inspect(writer: Path) -> None:
@@ -179,7 +293,9 @@ def test_inspect_finds_an_altered_file(writer: Path) -> None:
     assert "model.onnx.data: altered" in result.stderr
 
 
-@pytest.mark.parametrize("arguments", [("-h",), ("--help",), ("generate", "-h"), ("inspect", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("-h",), ("--help",), ("generate", "-h"), ("inspect", "--help"), ("score", "-h"), ("bench", "-h")]
+)
 def test_help_has_an_example(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert result.exit_code == 0

@@ -1,12 +1,28 @@
 """Generation: the tokens, why it ended, and streamed text."""
 
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cosmos_runtime import CosmosRuntimeError, InputError, Sampling, Session, generate, generate_text, load
+from cosmos_runtime import (
+    CosmosRuntimeError,
+    Generation,
+    GraphSpec,
+    InputError,
+    Sampling,
+    Session,
+    generate,
+    generate_batch,
+    generate_text,
+    load,
+)
+from cosmos_runtime.arrays import Floats, TokenIds
+from cosmos_runtime.cache import KeyValueCache
+from cosmos_runtime.generation import new_continuation
 
 from .tiny_bundles import MAX_SEQUENCE_LENGTH, BundleFactory, encode
 
@@ -84,6 +100,8 @@ def test_logits_that_are_not_finite(make_bundle: BundleFactory) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens: expected a positive integer, got 0"),
         ({"max_new_tokens": 1.5}, "max_new_tokens"),
         ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"min_new_tokens": -1}, "min_new_tokens: expected an integer, 0 or more, got -1"),
+        ({"min_new_tokens": 2}, "min_new_tokens: expected at most max_new_tokens, 1, got 2"),
         ({"stop_ids": [257]}, "stop_ids: expected token ids from 0 to 256, got 257"),
         ({"stop_ids": ["a"]}, "stop_ids"),
     ],
@@ -92,6 +110,135 @@ def test_bad_arguments_fail_at_once(session: Session, changes: dict[str, Any], m
     arguments = {"prompt_ids": [1], "max_new_tokens": 1, **changes}
     with pytest.raises(InputError, match=message):
         generate(session, **arguments)
+
+
+def test_stop_ids_wait_for_the_shortest_answer(session: Session) -> None:
+    generation = generate(session, [3], max_new_tokens=9, min_new_tokens=4, stop_ids=[5, 10])
+    tokens = list(generation)
+    assert (tokens[0], generation.finish_reason) == (4, "length")  # then 5 would come, and 4's runner-up does
+    assert 5 not in tokens[:4]
+    assert len(tokens) >= 4
+    sampled = generate(
+        session, [3], max_new_tokens=9, min_new_tokens=9, stop_ids=range(3, 257), sampling=Sampling(temperature=9)
+    )
+    assert len(list(sampled)) == 9
+    assert set(sampled.tokens) <= {0, 1, 2}
+
+
+def test_shortest_answer_that_is_reached(session: Session) -> None:
+    assert list(generate(session, [3], max_new_tokens=9, min_new_tokens=2, stop_ids=[6])) == [4, 5]
+
+
+@pytest.mark.parametrize("name", ["decoding", "recomputing"])
+def test_stop_and_close(name: str, request: pytest.FixtureRequest) -> None:
+    for end in (Generation.stop, Generation.close):
+        generation = generate(request.getfixturevalue(name), [3, 4], max_new_tokens=50)
+        first = next(generation)
+        end(generation)
+        assert list(generation) == []
+        assert (generation.tokens, generation.finish_reason) == ([first], "stop")
+        end(generation)
+
+
+def test_the_reason_that_was_there_first_stays(session: Session) -> None:
+    generation = generate(session, [3], max_new_tokens=1)
+    assert list(generation) == [4]
+    generation.close()
+    assert generation.finish_reason == "length"
+
+
+class Endless:
+    """A decoder whose second step ends only by being cancelled, as a long run of a graph does."""
+
+    length, graph_seconds = 0, 0.0
+
+    def __init__(self) -> None:
+        self.waiting, self.cancelled = threading.Event(), threading.Event()
+
+    def prefill(self, ids: TokenIds) -> Floats:
+        return np.eye(8, dtype=np.float32)[1]
+
+    def decode_one_token(self, token_id: int) -> Floats:
+        self.waiting.set()
+        assert self.cancelled.wait(timeout=20)
+        raise CosmosRuntimeError("given up")
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+def test_stop_from_another_thread_ends_the_step(session: Session) -> None:
+    decoder = Endless()
+    continuation = new_continuation(session, [1], max_new_tokens=9, min_new_tokens=0, sampling=None, stop_ids=())
+    generation = Generation(continuation, lambda: decoder)
+    answers: list[list[int]] = []
+    thread = threading.Thread(target=lambda: answers.append(list(generation)))
+    thread.start()
+    assert decoder.waiting.wait(timeout=20)
+    generation.stop()
+    thread.join(timeout=20)
+    assert answers == [[1]]
+    assert generation.finish_reason == "stop"
+
+
+def test_a_step_that_fails_is_an_error(session: Session) -> None:
+    decoder = Endless()
+    decoder.cancel()
+    continuation = new_continuation(session, [1], max_new_tokens=9, min_new_tokens=0, sampling=None, stop_ids=())
+    generation = Generation(continuation, lambda: decoder)
+    next(generation)
+    with pytest.raises(CosmosRuntimeError, match="given up"):
+        next(generation)
+
+
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[KeyValueCache]]:
+    """Every cache that is made during a test, without keeping it."""
+    made: list[weakref.ref[KeyValueCache]] = []
+    create = KeyValueCache.__init__
+
+    def record(cache: KeyValueCache, graph: GraphSpec, batch: int, length: int, device: str) -> None:
+        create(cache, graph, batch, length, device)
+        made.append(weakref.ref(cache))
+
+    monkeypatch.setattr(KeyValueCache, "__init__", record)
+    return made
+
+
+@pytest.mark.parametrize(("prompt", "most", "length"), [(10, 12, 32), (20, 13, 64), (90, 1000, 96)])
+def test_the_cache_holds_what_is_needed(
+    decoding: Session, caches: list[weakref.ref[KeyValueCache]], prompt: int, most: int, length: int
+) -> None:
+    generation = generate(decoding, [1] * prompt, max_new_tokens=most)
+    assert caches == []
+    next(generation)
+    cache = caches[0]()
+    assert cache is not None
+    assert cache.length == length
+    del cache
+    assert len(list(generation)) == min(most, 96 - prompt) - 1
+    assert [made() for made in caches] == [None]
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_the_cache_is_freed_on_closing(
+    decoding: Session, caches: list[weakref.ref[KeyValueCache]], speculate: int
+) -> None:
+    generation = generate(decoding, [1] * 10, max_new_tokens=12, speculate=speculate)
+    next(generation)
+    generation.close()
+    batch = generate_batch(decoding, [[1], [2, 3]], max_new_tokens=12)
+    next(batch)
+    batch.close()
+    assert [made() for made in caches] == [None, None]
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=2.0, top_p=0.9, seed=3)])
+def test_both_graphs_give_the_same_answer(decoding: Session, recomputing: Session, sampling: Sampling | None) -> None:
+    for prompt in ([5], [1, 2, 3], list(range(50))):
+        wanted = list(generate(recomputing, prompt, max_new_tokens=40, sampling=sampling))
+        assert list(generate(decoding, prompt, max_new_tokens=40, sampling=sampling)) == wanted
+        assert len(set(wanted)) > 10
 
 
 def test_text_streams_whole_characters(write_session: WriteSession) -> None:
@@ -128,6 +275,14 @@ def test_stop_string_of_half_held_characters(write_session: WriteSession) -> Non
 def test_stop_id_of_text(write_session: WriteSession) -> None:
     answer = generate_text(write_session("abcd"), "a", max_new_tokens=9, stop_ids=encode("d"))
     assert "".join(answer) == "bc"
+    assert answer.finish_reason == "stop"
+
+
+def test_text_that_is_closed(write_session: WriteSession) -> None:
+    answer = generate_text(write_session("abcdef"), "a", max_new_tokens=5)
+    assert next(answer) == "b"
+    answer.close()
+    assert list(answer) == []
     assert answer.finish_reason == "stop"
 
 

@@ -22,6 +22,11 @@ for name in cosmos_runtime.__all__:
 session = cosmos_runtime.load(sys.argv[1], threads=1)
 assert list(cosmos_runtime.generate(session, [1], max_new_tokens=2)) == [2, 3]
 list(cosmos_runtime.generate_text(session, "a", max_new_tokens=2))
+decoder = cosmos_runtime.load(sys.argv[2], threads=1)
+prompts = [[1, 2], [3]]
+alone = [list(cosmos_runtime.generate(decoder, prompt, max_new_tokens=5, speculate=2)) for prompt in prompts]
+assert cosmos_runtime.generate_batch(decoder, prompts, max_new_tokens=5).run() == alone
+assert cosmos_runtime.score(decoder, "ab").total < 0
 print(*sys.modules)
 """
 
@@ -40,8 +45,8 @@ def modules_after(code: str, *arguments: str) -> set[str]:
     return {name.partition(".")[0] for name in result.stdout.split()}
 
 
-def test_using_everything_imports_no_build_tool(bundle_path: Path) -> None:
-    imported = modules_after(USE_EVERYTHING, str(bundle_path))
+def test_using_everything_imports_no_build_tool(bundle_path: Path, decoder_path: Path) -> None:
+    imported = modules_after(USE_EVERYTHING, str(bundle_path), str(decoder_path))
     assert {"onnxruntime", "tokenizers", "cosmos_runtime"} <= imported
     assert not imported & {"torch", "onnx", "onnxscript", "onnx_ir", "transformers", "cosmos_export"}
 

@@ -148,3 +148,24 @@ def test_options_out_of_range(name: str, values: list[Any]) -> None:
 
 def test_numpy_numbers_are_options_too() -> None:
     Sampling(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint32(1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999999])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 5.0])
+def test_nucleus_of_a_large_vocabulary(p: float, scale: float) -> None:
+    """The nucleus is found without sorting everything where it is small; the result is that of sorting everything."""
+    logits = scale * np.random.default_rng(0).normal(size=9000).round(1)  # with many equal ones
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    order = np.lexsort((np.arange(9000), -probabilities))
+    size = int(np.searchsorted(np.cumsum(probabilities[order]), p)) + 1
+    kept = np.flatnonzero(np.isfinite(keep_top_p(logits, p)))
+    assert abs(len(kept) - size) <= 1  # sums in another order
+    assert set(kept) <= set(order[: size + 1])
+
+
+def test_excluded_tokens() -> None:
+    logits = np.array([0.0, 3.0, 2.0, 1.0], np.float32)
+    rng = np.random.default_rng(0)
+    assert sample(logits, [], Sampling.greedy(), rng, excluded=[1, 2]) == 3
+    assert {sample(logits, [], Sampling(), rng, excluded=[1, 3]) for _ in range(200)} == {0, 2}
+    np.testing.assert_array_equal(logits, [0, 3, 2, 1])

@@ -1,7 +1,10 @@
 """Loading and logits: the provider asked for or an error, and no bad token id reaches a graph."""
 
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +13,12 @@ import pytest
 from onnx import TensorProto
 
 from cosmos_runtime import Bundle, BundleError, CosmosRuntimeError, InputError, ProviderError, Session, TensorSpec, load
+from cosmos_runtime.decoder_graph import DecoderGraph
+from cosmos_runtime.full_sequence_graph import FullSequenceGraph
+from cosmos_runtime.signature import check_signature
 
 from .tiny_bundles import MAX_SEQUENCE_LENGTH, BundleFactory, graph_spec, successor_table
+from .tiny_decoders import DECODER, FULL, write_decoder_bundle
 
 
 def test_logits_are_the_table_rows(session: Session) -> None:
@@ -182,5 +189,85 @@ def test_fixed_size_that_differs(make_bundle: BundleFactory) -> None:
 
 
 def test_bundle_without_the_graph(make_bundle: BundleFactory) -> None:
-    with pytest.raises(BundleError, match="expected one named 'full_sequence', got decode"):
+    with pytest.raises(BundleError, match="expected .decoder. or .full_sequence., got decode"):
         load(make_bundle(graphs={"decode": graph_spec(257)}))
+
+
+def test_which_graph(decoder_path: Path, tmp_path: Path) -> None:
+    assert isinstance(load(decoder_path, threads=1).graph, DecoderGraph)
+    assert isinstance(load(decoder_path, threads=1, graph="full_sequence").graph, FullSequenceGraph)
+    only = write_decoder_bundle(tmp_path / "decoder_only")
+    assert isinstance(load(only, threads=1).graph, DecoderGraph)
+    with pytest.raises(BundleError, match="expected one named 'full_sequence', got decoder"):
+        load(only, threads=1, graph="full_sequence")
+
+
+def test_a_graph_that_this_runtime_does_not_know(make_bundle: BundleFactory) -> None:
+    with pytest.raises(InputError, match="graph: expected 'decoder' or 'full_sequence', got 'encoder'"):
+        load(make_bundle(graphs={"encoder": graph_spec(257)}), graph="encoder")
+
+
+def test_loading_a_decoder_says_nothing(decoder_path: Path) -> None:
+    """ONNX Runtime warns of an input with a default value, which `logit_offsets` is on purpose."""
+    code = f"import cosmos_runtime; cosmos_runtime.load({str(decoder_path)!r}).logits([1, 2])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert (result.stdout, result.stderr) == ("", "")
+
+
+def without(tensors: tuple[TensorSpec, ...], name: str) -> tuple[TensorSpec, ...]:
+    return tuple(tensor for tensor in tensors if tensor.name != name)
+
+
+def changed(tensors: tuple[TensorSpec, ...], which: str, **changes: Any) -> tuple[TensorSpec, ...]:
+    return tuple(replace(tensor, **changes) if tensor.name == which else tensor for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": without(DECODER.inputs, "back")}, "expected one input of role 'logit_offsets', got 0"),
+        ({"inputs": without(DECODER.inputs, "mask")}, "expected one input of role 'attention_mask', got 0"),
+        ({"inputs": without(DECODER.inputs, "old.k")}, r"past and present, key and value .* got \[0, 1, 1, 1\]"),
+        ({"outputs": without(DECODER.outputs, "new.v")}, r"got \[1, 1, 1, 0\]"),
+        ({"inputs": changed(DECODER.inputs, "mask", role="positions")}, "the graph also wants positions; upgrade"),
+        ({"inputs": changed(DECODER.inputs, "mask", dtype="int32")}, "mask: expected int64 of rank 2, got int32"),
+        ({"inputs": changed(DECODER.inputs, "mask", shape=("b", 8))}, "mask: expected a dynamic length"),
+        ({"inputs": changed(DECODER.inputs, "ids", shape=("b", 1))}, "ids: expected a dynamic length"),
+        ({"inputs": changed(DECODER.inputs, "back", shape=())}, "back: expected int64 of rank 1"),
+        ({"outputs": changed(DECODER.outputs, "new.k", dtype="float16")}, "new.k: expected float32 .* as old.k is"),
+        (
+            {
+                "inputs": changed(DECODER.inputs, "old.k", dtype="float64"),
+                "outputs": changed(DECODER.outputs, "new.k", dtype="float64"),
+            },
+            "old.k: expected float32 or float16 or int8 or uint8 of rank 4, got float64",
+        ),
+        (
+            {
+                "inputs": changed(DECODER.inputs, "old.k", shape=("b", 2, 64, 16)),
+                "outputs": changed(DECODER.outputs, "new.k", shape=("b", 2, 64, 16)),
+            },
+            "old.k: expected fixed heads and channels and a dynamic length",
+        ),
+        ({"inputs": changed(DECODER.inputs, "back", name="forth")}, "inputs: the manifest lists .*'forth'"),
+    ],
+)
+def test_a_decoder_that_is_not_as_it_should_be(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write_decoder_bundle(tmp_path / "bundle", graphs={"decoder": replace(DECODER, **changes)})
+    with pytest.raises(BundleError, match=message):
+        load(path, threads=1)
+
+
+def test_default_inputs_that_the_manifest_does_not_name() -> None:
+    """An initializer that may be overridden is an input only where the manifest says so."""
+    ids = SimpleNamespace(name="ids", type="tensor(int64)", shape=["b", "t"])
+    back = SimpleNamespace(name="back", type="tensor(int64)", shape=["n"])
+    scores = SimpleNamespace(name="scores", type="tensor(float)", shape=["b", "t", 257])
+    session = SimpleNamespace(
+        get_inputs=lambda: [ids], get_overridable_initializers=lambda: [back], get_outputs=lambda: [scores]
+    )
+    check_signature(session, FULL)
+    named = replace(FULL, inputs=(*FULL.inputs, TensorSpec("back", "logit_offsets", "int64", ("n",))))
+    check_signature(session, named)
+    with pytest.raises(BundleError, match="back: the manifest says int32, the graph int64"):
+        check_signature(session, replace(named, inputs=changed(named.inputs, "back", dtype="int32")))

@@ -8,14 +8,34 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from cosmos_export.onnx.passes.fuse_skip_norm import FuseSkipNorm
 from cosmos_export.onnx.passes.name_by_module import NameByModule
+from cosmos_export.onnx.passes.pack_projections import PackProjections
+from cosmos_export.onnx.passes.quantize_embedding import QuantizeEmbedding
+from cosmos_export.onnx.passes.quantize_projections import QuantizeProjections
 from cosmos_export.onnx.passes.share_tied_projection import ShareTiedProjection
 from cosmos_export.onnx.passes.store_transposed import StoreTransposed
+from cosmos_export.recipe import ExportRecipe
 
-__all__ = ["NameByModule", "ShareTiedProjection", "StoreTransposed", "run_passes"]
+__all__ = [
+    "FuseSkipNorm",
+    "NameByModule",
+    "PackProjections",
+    "QuantizeEmbedding",
+    "QuantizeProjections",
+    "ShareTiedProjection",
+    "StoreTransposed",
+    "run_passes",
+]
 
 
-def run_passes(model: ir.Model) -> ir.Model:
-    """All passes of the portable dialect, in their order."""
-    # The tied projection first: what it leaves of the transposes are those of matrices that nothing else reads.
-    return ir.passes.Sequential(NameByModule(), ShareTiedProjection(), StoreTransposed())(model).model
+def run_passes(model: ir.Model, recipe: ExportRecipe) -> ir.Model:
+    """All passes of a recipe, in their order."""
+    return ir.passes.Sequential(*_passes(recipe))(model).model
+
+
+def _passes(recipe: ExportRecipe) -> list[ir.passes.InPlacePass]:
+    # The passes that deal with the tied table come first: the transposes they leave are of matrices nothing else reads.
+    common = [NameByModule(), QuantizeEmbedding(recipe), ShareTiedProjection(), StoreTransposed()]
+    fused = [PackProjections(), FuseSkipNorm()] if recipe.dialect == "ort" else []
+    return [*common, *fused, QuantizeProjections(recipe)]

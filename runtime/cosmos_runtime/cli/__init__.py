@@ -1,10 +1,12 @@
-"""`cosmos-run`: look into exported bundles and generate text with them. Commands are registered here, no more."""
+"""`cosmos-run`: look into bundles, generate and score text with them, measure them. Registers commands, no more."""
 
 import click
 
+from cosmos_runtime.cli.bench import bench_command
 from cosmos_runtime.cli.generate import generate_command
 from cosmos_runtime.cli.group import RuntimeGroup
 from cosmos_runtime.cli.inspect import inspect_command
+from cosmos_runtime.cli.score import score_command
 
 
 @click.group(cls=RuntimeGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -18,8 +20,10 @@ def main() -> None:
     Examples:
       cosmos-run inspect bundles/demo --check
       cosmos-run generate bundles/demo --prompt "Once upon a time"
+      cosmos-run score bundles/demo --text "Once upon a time there was a cat."
+      cosmos-run bench bundles/demo
     """
 
 
-main.add_command(generate_command)
-main.add_command(inspect_command)
+for command in (bench_command, generate_command, inspect_command, score_command):
+    main.add_command(command)

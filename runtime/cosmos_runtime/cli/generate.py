@@ -1,13 +1,14 @@
 """`cosmos-run generate`: continue a prompt."""
 
 import json
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from cosmos_runtime.cli.text import read_text
 
 if TYPE_CHECKING:
     from cosmos_runtime.generation import TextGeneration
@@ -21,6 +22,7 @@ _FROM_BUNDLE = "default: the bundle's own"
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", metavar="TEXT", help="Text to continue; '-' (or nothing, in a pipe) reads standard input.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True, help="Stop after these.")
+@click.option("--min-new-tokens", type=click.IntRange(min=0), default=0, help="Don't let a stop token end it before.")
 @click.option(
     "--temperature", type=click.FloatRange(min=0), help=f"Higher is more varied, 0 is greedy; {_FROM_BUNDLE}."
 )
@@ -39,6 +41,14 @@ _FROM_BUNDLE = "default: the bundle's own"
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Repeat a run exactly; default: random, and reported.")
 @click.option("--greedy", is_flag=True, help="Always the likeliest token: the same answer every time.")
+@click.option(
+    "--speculate",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="K",
+    help="Guess up to K tokens from repetition and check them at once: the same answer, sooner where it repeats itself "
+    "or its prompt (summaries, edits, code); wants --greedy. Try 8.",
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: the physical cores there are.")
@@ -47,8 +57,10 @@ def generate_command(
     bundle: Path,
     prompt: str | None,
     max_new_tokens: int,
+    min_new_tokens: int,
     seed: int | None,
     greedy: bool,
+    speculate: int,
     stop: tuple[str, ...],
     provider: str,
     threads: int | None,
@@ -66,7 +78,7 @@ def generate_command(
       echo "Once upon a time" | cosmos-run generate bundles/demo --greedy --json
     """
     _refuse_contradiction(greedy, overrides["temperature"])
-    text = _read_prompt(prompt)
+    text = read_text(prompt, "--prompt")
 
     from cosmos_runtime.defaults import default_stop_ids
     from cosmos_runtime.generation import generate_text
@@ -79,9 +91,11 @@ def generate_command(
         session,
         text,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         sampling=_sampling(session.manifest, seed, greedy, overrides),
         stop_ids=default_stop_ids(session.manifest),
         stop=stop,
+        speculate=speculate,
     )
     timings = _stream(answer, echo=None if as_json else text)
     timings.load_s = loaded - start
@@ -103,24 +117,6 @@ class _Timings:
 def _refuse_contradiction(greedy: bool, temperature: float | None) -> None:
     if greedy and temperature:
         raise click.UsageError("--greedy means temperature 0: give --greedy or --temperature, not both.")
-
-
-def _read_prompt(prompt: str | None) -> str:
-    if prompt is not None and prompt != "-":
-        return prompt
-    if prompt is None and sys.stdin.isatty():
-        raise click.UsageError('No prompt: give --prompt "some text", or pipe text in.')
-    return _decode(sys.stdin.buffer.read()).removesuffix("\n")
-
-
-def _decode(piped: bytes) -> str:
-    """UTF-8 whatever the locale says, as the tokenizer wants it."""
-    from cosmos_runtime.errors import InputError
-
-    try:
-        return piped.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"prompt: standard input is not UTF-8: {error}; convert it first") from error
 
 
 def _sampling(manifest: "Manifest", seed: int | None, greedy: bool, overrides: dict[str, Any]) -> "Sampling":

@@ -1,0 +1,1 @@
+"""Measured comparisons; run from the top of the source tree, `python -m benchmarks.cpu_decode`."""

@@ -1,0 +1,126 @@
+"""Blockwise quantisation in the layout of com.microsoft::MatMulNBits, and back.
+
+    N  rows (outputs)    C  columns (inputs)    n  blocks of a row, C / block_size rounded up
+
+A block of `block_size` neighbouring columns shares one float32 scale and, unless symmetric, one zero point:
+value = (q - zero_point) * scale with q in 0 .. 2^bits - 1; symmetric means zero_point = 2^(bits - 1).
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Scales that are tried, as shares of the one that reaches the largest value: clipping a little costs less than rounding
+# everything else more coarsely. The least squared error decides (arXiv:1810.05723, section 4).
+_CLIPPING = {4: (1.0, 0.97, 0.94, 0.91, 0.88, 0.85), 8: (1.0,)}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How matrices are stored.
+
+    `accuracy_level` is the operator's: 4 computes with int8 activations, 0 or 1 with float32 ones.
+    """
+
+    bits: int
+    block_size: int
+    symmetric: bool
+    accuracy_level: int
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """blocks (N, n, block_size * bits / 8) uint8, low bits first; scales (N, n) float32; zero_points packed like
+    blocks, (N, n * bits / 8 rounded up) uint8, or None when symmetric."""
+
+    blocks: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+
+
+def quantize(matrix: Tensor, form: Quantization) -> QuantizedMatrix:
+    """Quantises a float32 matrix (N, C); columns beyond C that fill up the last block are zero."""
+    grouped = _grouped(matrix, form.block_size)  # (N, n, block_size)
+    scales, zeros = _scales(grouped, form)  # (N, n, 1) each
+    levels = _levels(grouped, scales, zeros, form.bits)
+    return QuantizedMatrix(
+        blocks=_pack(levels.to(torch.uint8), form.bits),
+        scales=scales.squeeze(-1).contiguous(),
+        zero_points=None if form.symmetric else _pack(zeros.squeeze(-1).to(torch.uint8), form.bits),
+    )
+
+
+def dequantize(quantized: QuantizedMatrix, columns: int, form: Quantization) -> Tensor:
+    """The float32 matrix (N, columns) that the operator computes with."""
+    levels = _unpack(quantized.blocks, form.bits).to(torch.float32)  # (N, n, block_size)
+    zeros: Tensor | float = float(2 ** (form.bits - 1))
+    if quantized.zero_points is not None:
+        zeros = _unpack(quantized.zero_points, form.bits)[:, : levels.shape[1], None].to(torch.float32)
+    return ((levels - zeros) * quantized.scales[..., None]).flatten(1)[:, :columns]
+
+
+def _grouped(matrix: Tensor, block_size: int) -> Tensor:
+    missing = -matrix.shape[1] % block_size
+    return torch.nn.functional.pad(matrix.to(torch.float32), (0, missing)).unflatten(1, (-1, block_size))
+
+
+def _scales(grouped: Tensor, form: Quantization) -> tuple[Tensor, Tensor]:
+    """The scale and zero point (N, n, 1) of each block with the least squared error among the clippings tried."""
+    best_error = torch.full((*grouped.shape[:2], 1), float("inf"))
+    best_scale, best_zero = torch.ones_like(best_error), torch.zeros_like(best_error)
+    for share in _CLIPPING[form.bits]:
+        scale, zero = _scale_at(grouped, share, form)
+        scale = _least_squares(grouped, _levels(grouped, scale, zero, form.bits) - zero, scale)
+        levels = _levels(grouped, scale, zero, form.bits)
+        error = ((levels - zero) * scale - grouped).square().sum(-1, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    # What is no number must not become one: such a block stays NaN, and fails the parity gate.
+    return best_scale.masked_fill(~grouped.isfinite().all(-1, keepdim=True), float("nan")), best_zero
+
+
+def _scale_at(grouped: Tensor, share: float, form: Quantization) -> tuple[Tensor, Tensor]:
+    top = 2**form.bits - 1
+    if form.symmetric:
+        # The value of largest magnitude gets the level 0, whatever its sign: there is one more level on that side.
+        largest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+        zero = torch.full_like(largest, 2 ** (form.bits - 1))
+        return _nonzero(-largest * share / 2 ** (form.bits - 1)), zero
+    low, high = (f(dim=-1, keepdim=True) for f in (grouped.amin, grouped.amax))
+    low, high = low.clamp(max=0) * share, high.clamp(min=0) * share
+    scale = _nonzero((high - low) / top)
+    return scale, (-low / scale).round().clamp(0, top)
+
+
+def _least_squares(grouped: Tensor, steps: Tensor, otherwise: Tensor) -> Tensor:
+    """The scale with which `steps` (levels less the zero point) come nearest to the block; all-zero steps have none."""
+    square = steps.square().sum(-1, keepdim=True)
+    product = (grouped * steps).sum(-1, keepdim=True)
+    return torch.where((square > 0) & (product != 0), product / square.clamp(min=1), otherwise)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """A block of zeros has no scale; any does."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _levels(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return (grouped / scale + zero).nan_to_num().round().clamp(0, 2**bits - 1)
+
+
+def _pack(levels: Tensor, bits: int) -> Tensor:
+    """Two 4-bit levels to a byte along the last axis, the first in the low half; 8-bit levels as they are."""
+    if bits == 8:
+        return levels.contiguous()
+    padded = torch.nn.functional.pad(levels, (0, levels.shape[-1] % 2))
+    return (padded[..., ::2] | (padded[..., 1::2] << 4)).contiguous()
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    return packed if bits == 8 else torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)

@@ -1,0 +1,65 @@
+"""The same bytes, computed with float32 activations: a quantised bundle's kernels held against the tight gate.
+
+A graph whose products round their activations to 8 bits (MatMulNBits, accuracy_level 4) cannot be told from a slightly
+wrong one by a tight tolerance. With `accuracy_level` 1 the same weights are read by the same operator and nothing else
+is rounded: what is wrong then is wrong with the graph or the stored numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+
+from cosmos_export.parity.gates import Arithmetic
+from cosmos_export.recipe import ExportRecipe
+from cosmos_runtime import MANIFEST_NAME, Bundle, describe_file
+
+_INT8, _FLOAT32 = 4, 1  # values of accuracy_level
+
+
+def arithmetic_of(recipe: ExportRecipe) -> Arithmetic:
+    """What the products of a bundle of this recipe compute with."""
+    forms = (recipe.quantization, recipe.embedding, *recipe.overrides.values())
+    rounds = any(form is not None and form.accuracy_level == _INT8 for form in forms)
+    return Arithmetic.INT8_ACTIVATIONS if rounds else Arithmetic.FLOAT32
+
+
+@contextlib.contextmanager
+def float32_activations(folder: Path) -> Iterator[Path]:
+    """A copy of the bundle in `folder` that computes with float32 activations; gone when the block ends."""
+    bundle = Bundle.open(folder)
+    with tempfile.TemporaryDirectory(prefix=".cosmos-parity-", dir=folder.resolve().parent) as scratch:
+        copy = Path(scratch, "bundle")
+        copy.mkdir()
+        for name in bundle.manifest.files:
+            _link_or_copy(folder / name, copy / name)
+        files = dict(bundle.manifest.files)
+        for graph in {spec.file for spec in bundle.manifest.graphs.values()}:
+            _rewrite(copy / graph)
+            files[graph] = describe_file(copy / graph)
+        (copy / MANIFEST_NAME).write_text(replace(bundle.manifest, files=files).to_json(), encoding="utf-8")
+        yield copy
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _rewrite(graph: Path) -> None:
+    model = onnx.load(graph, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = _FLOAT32
+    graph.unlink()  # it may be a link to the bundle's own
+    graph.write_bytes(model.SerializeToString())

@@ -1,0 +1,117 @@
+"""Continue several prompts of any lengths at once: one run of the model a step serves every row."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy.typing as npt
+
+from cosmos_runtime.arrays import Floats
+from cosmos_runtime.batch_decoding import BatchDecoder, new_batch_decoder
+from cosmos_runtime.continuation import Continuation
+from cosmos_runtime.errors import CosmosRuntimeError, InputError
+from cosmos_runtime.generation import new_continuation
+from cosmos_runtime.sampling import Sampling
+from cosmos_runtime.session import Session
+
+
+def generate_batch(
+    session: Session,
+    prompts: Sequence[npt.ArrayLike],
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int = 0,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    stop_ids: Sequence[int] = (),
+) -> "BatchGeneration":
+    """Continue several prompts, each the token ids (T,) of its row; a row's answer is the one it gets alone.
+
+    `sampling` is one for all rows (a seed in it is every row's: equal prompts then get equal answers) or one a row.
+    The rest is as in `generate`; rows end independently.
+
+    Raises: InputError for a bad prompt (naming its row), length or stop id.
+    """
+    choices = _one_a_row(sampling, len(prompts))
+    rows = []
+    for row, (prompt, choice) in enumerate(zip(prompts, choices, strict=True)):
+        try:
+            continuation = new_continuation(
+                session,
+                prompt,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                sampling=choice,
+                stop_ids=stop_ids,
+            )
+        except InputError as error:
+            raise InputError(f"row {row}: {error}") from error
+        rows.append(continuation)
+    return BatchGeneration(session, rows)
+
+
+class BatchGeneration(Iterator[list[tuple[int, int]]]):
+    """An iterator of steps, each a list of (row, new token id) of the rows that go on; made by `generate_batch`.
+
+    `rows` holds what is known of each row: prompt, tokens so far, sampling, finish reason.
+    """
+
+    def __init__(self, session: Session, rows: Sequence[Continuation]) -> None:
+        self.rows = tuple(rows)
+        self._session = session
+        self._decoder: BatchDecoder | None = None
+
+    def __next__(self) -> list[tuple[int, int]]:
+        chosen = [(row, self.rows[row].choose(logits)) for row, logits in self._next_logits()]
+        if not self._running():
+            self._decoder = None
+        step = [(row, token) for row, token in chosen if token is not None]
+        if not step:
+            raise StopIteration
+        return step
+
+    def run(self) -> list[list[int]]:
+        """Every remaining step; the new tokens of every row."""
+        for _ in self:
+            pass
+        return [row.tokens for row in self.rows]
+
+    def stop(self, row: int | None = None) -> None:
+        """End one row, or all: then also what is being computed, where that is possible. Any thread may call it."""
+        for continuation in self.rows if row is None else (self.rows[row],):
+            continuation.stop()
+        if (decoder := self._decoder) is not None and not self._running():
+            decoder.cancel()
+
+    def close(self) -> None:
+        """End every row, and free the cache."""
+        self.stop()
+        self._decoder = None
+
+    def _running(self) -> list[int]:
+        return [row for row, continuation in enumerate(self.rows) if continuation.finish_reason is None]
+
+    def _next_logits(self) -> list[tuple[int, Floats]]:
+        """Rows that go on, with the logits (V,) of their next positions."""
+        running = self._running()
+        if not running:
+            return []
+        try:
+            if self._decoder is None:
+                return self._start(running)
+            logits = self._decoder.decode(running, [self.rows[row].tokens[-1] for row in running])
+            return list(zip(running, logits, strict=True))
+        except CosmosRuntimeError:
+            if self._running():
+                raise
+            return []
+
+    def _start(self, running: list[int]) -> list[tuple[int, Floats]]:
+        capacity = max(self.rows[row].capacity for row in running)
+        decoder = self._decoder = new_batch_decoder(self._session, len(self.rows), capacity)
+        return [(row, decoder.prefill(row, self.rows[row].prompt_ids)) for row in running]
+
+
+def _one_a_row(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sequence[Sampling | None]:
+    if sampling is None or isinstance(sampling, Sampling):
+        return [sampling] * rows
+    if len(sampling) != rows:
+        raise InputError(f"sampling: expected one, or one for each of {rows} prompts, got {len(sampling)}")
+    return sampling

@@ -1,0 +1,104 @@
+"""One prompt, the tokens chosen for it so far, and whether it is to end: everything of a generation but the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, SupportsIndex, TypeAlias
+
+import numpy as np
+
+from cosmos_runtime.arrays import Floats, TokenIds
+from cosmos_runtime.errors import InputError
+from cosmos_runtime.sampling import Sampling, sample
+from cosmos_runtime.validation import token_count
+
+FinishReason: TypeAlias = Literal["length", "context", "stop"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a continuation ends. A stop id cannot be chosen before there are `min_new_tokens`."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    max_sequence_length: int
+    stop_ids: frozenset[int]
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        max_new_tokens: SupportsIndex,
+        min_new_tokens: SupportsIndex,
+        max_sequence_length: int,
+        stop_ids: Sequence[int],
+        vocab_size: int,
+    ) -> "Limits":
+        """Raises: InputError for a length or a stop id that cannot be."""
+        longest = token_count("max_new_tokens", max_new_tokens, minimum=1)
+        shortest = token_count("min_new_tokens", min_new_tokens, minimum=0)
+        if shortest > longest:
+            raise InputError(f"min_new_tokens: expected at most max_new_tokens, {longest}, got {shortest}")
+        return cls(longest, shortest, max_sequence_length, _stop_ids(stop_ids, vocab_size))
+
+
+class Continuation:
+    """`prompt` holds the prompt's ids, `tokens` the new ones so far, `sampling` the options with the seed in use.
+
+    `finish_reason` is None while running, then "stop" (a stop id came, or the caller's wish), "length"
+    (`max_new_tokens` reached) or "context" (prompt and new tokens fill `max_sequence_length`).
+    """
+
+    def __init__(self, prompt: TokenIds, limits: Limits, sampling: Sampling) -> None:
+        self.prompt: list[int] = prompt.tolist()
+        self.tokens: list[int] = []
+        self.sampling = sampling.seeded()
+        self.capacity = min(len(prompt) + limits.max_new_tokens, limits.max_sequence_length)
+        self._limits = limits
+        self._rng = self.sampling.generator()
+        self._history = np.empty(max(self.capacity, len(prompt)), np.int64)  # prompt and answer, as an array
+        self._history[: len(prompt)] = prompt
+        self.finish_reason: FinishReason | None = self._limit_reached()
+
+    @property
+    def prompt_ids(self) -> TokenIds:
+        """The prompt (T,)."""
+        return self._history[: len(self.prompt)]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of prompt and answer."""
+        return len(self.prompt) + len(self.tokens)
+
+    def choose(self, logits: Floats) -> int | None:
+        """Choose and keep the next token from its logits (V,); None where that, or `stop`, ended the answer."""
+        limits = self._limits
+        too_early = len(self.tokens) < limits.min_new_tokens
+        excluded = tuple(limits.stop_ids) if too_early else ()
+        token = sample(logits, self._history[: self.length], self.sampling, self._rng, excluded)
+        if token in limits.stop_ids:
+            self.stop()
+        if self.finish_reason is not None:
+            return None
+        self._history[self.length] = token
+        self.tokens.append(token)
+        # `stop` may have been called meanwhile, from another thread.
+        self.finish_reason = self._limit_reached() or self.finish_reason
+        return token
+
+    def stop(self) -> None:
+        """End here. A reason that was there before stays."""
+        self.finish_reason = self.finish_reason or "stop"
+
+    def _limit_reached(self) -> FinishReason | None:
+        if len(self.tokens) >= self._limits.max_new_tokens:
+            return "length"
+        if self.length >= self._limits.max_sequence_length:
+            return "context"
+        return None
+
+
+def _stop_ids(stop_ids: Sequence[int], vocab_size: int) -> frozenset[int]:
+    for token in stop_ids:
+        if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
+            raise InputError(f"stop_ids: expected token ids from 0 to {vocab_size - 1}, got {token!r}")
+    return frozenset(int(token) for token in stop_ids)
