@@ -98,6 +98,11 @@ class ExportRecipe:
                 f"recipe {self.name} has a key/value cache, and a model without causal mask cannot have one: "
                 f"a token that is cached could not see those after it. Use --recipe fp32"
             )
+        if DECODER in self.graphs and config.max_sequence_length < 2:
+            raise RecipeError(
+                f"recipe {self.name} has a key/value cache, which a model with max_sequence_length "
+                f"{config.max_sequence_length} has no use for. Use --recipe fp32"
+            )
         if self.embedding is not None and config.dim % self.embedding.block_size:
             raise RecipeError(
                 f"recipe {self.name} quantises the embedding in blocks of {self.embedding.block_size}, which does not "

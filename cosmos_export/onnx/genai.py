@@ -18,6 +18,7 @@ from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.onnx.signature import ATTENTION_MASK, DEFAULT_INPUTS, INPUT_IDS, LOGITS, PAST, PRESENT
 
 GRAPH_FILE, CONFIG_FILE = "genai.onnx", "genai_config.json"
+END_TOKEN = 0
 
 
 def write_genai(folder: Path, decoder_file: str, config: CosmosAdvancedConfig) -> None:
@@ -28,13 +29,17 @@ def write_genai(folder: Path, decoder_file: str, config: CosmosAdvancedConfig) -
 
 
 def genai_config(config: CosmosAdvancedConfig) -> dict[str, Any]:
-    """The contents of genai_config.json. A Cosmos model has no end-of-text token, so none ends a generation."""
+    """The contents of genai_config.json.
+
+    onnxruntime-genai ends a generation at a token of the vocabulary, whatever the configuration says. A Cosmos model has
+    no such token; `END_TOKEN` is named, and a generation that reaches it ends there.
+    """
     return {
         "model": {
             "type": "llama",
-            "bos_token_id": 0,
-            "eos_token_id": [],
-            "pad_token_id": 0,
+            "bos_token_id": END_TOKEN,
+            "eos_token_id": END_TOKEN,
+            "pad_token_id": END_TOKEN,
             "vocab_size": config.vocab_size,
             "context_length": config.max_sequence_length,
             "decoder": {

@@ -90,6 +90,8 @@ class ParityReport:
         """One sentence for a terminal's last line."""
         if self.stored_problems:
             return f"{len(self.stored_problems)} stored tensors differ: {self.stored_problems[0]}"
+        if not self.cases:
+            return "no case was run, so nothing is proven"
         failed = [c for c in self.cases if c.verdict is Verdict.FAIL]
         if failed:
             worst = max(failed, key=lambda c: gate_share(c.worst)).worst

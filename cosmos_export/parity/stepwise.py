@@ -1,4 +1,6 @@
-"""Does decoding step by step give what the whole sequence gives? The same tokens in pieces, through the cache."""
+"""Does decoding step by step give what the whole sequence gives? The same tokens in pieces, through the cache: alone,
+and in a batch of rows whose prompts have unequal lengths.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.parity.cases import Case, TokenIds
-from cosmos_runtime import Session, new_decoder
+from cosmos_runtime import Session, new_batch_decoder, new_decoder
 
 STEPWISE_LENGTH = 48
 
@@ -42,3 +44,28 @@ def stepwise_logits(session: Session, input_ids: TokenIds, sizes: list[int]) -> 
         logits = decoder.decode_one_token(int(piece[0]))[None] if size == 1 else decoder.decode(piece)
         parts.append(logits.copy())  # a decoder's logits are valid until its next call
     return np.concatenate(parts)[None]
+
+
+def ragged_case(vocab_size: int, limit: int, *, seed: int = 2) -> tuple[Case, list[int]]:
+    """Three rows of random tokens and the unequal lengths of their prompts; the rest of each is decoded."""
+    length = min(STEPWISE_LENGTH // 2, limit)
+    ids = np.random.default_rng(seed).integers(0, vocab_size, (3, length))
+    return Case(f"3 x {length} unequal rows", ids), [max(1, length // part) for part in (8, 2, 3)]
+
+
+def ragged_logits(session: Session, input_ids: TokenIds, prompts: list[int]) -> NDArray:
+    """Logits (B, T - longest prompt, V) of the last positions of ids (B, T), each row decoded beside the others.
+
+    Rows begin unequally long, and one that reaches T is left out while the others go on.
+    """
+    batch, length = input_ids.shape
+    decoder = new_batch_decoder(session, batch, length)
+    for row, prompt in enumerate(prompts):
+        decoder.prefill(row, input_ids[row, :prompt])
+    at, logits = list(prompts), np.zeros((batch, length, session.manifest.vocab_size), np.float32)
+    while rows := [row for row in range(batch) if at[row] < length]:
+        new = decoder.decode(rows, [int(input_ids[row, at[row]]) for row in rows])
+        for row, computed in zip(rows, new, strict=True):
+            logits[row, at[row]] = computed
+            at[row] += 1
+    return logits[:, max(prompts) :]

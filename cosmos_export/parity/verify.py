@@ -21,7 +21,7 @@ from cosmos_export.parity.gates import LOGIT_GATES, Arithmetic, LogitGate, judge
 from cosmos_export.parity.quality import measure_quality, rows_of_text
 from cosmos_export.parity.reference import EagerReference
 from cosmos_export.parity.report import CaseResult, Measurement, ParityReport
-from cosmos_export.parity.stepwise import stepwise_cases, stepwise_logits
+from cosmos_export.parity.stepwise import ragged_case, ragged_logits, stepwise_cases, stepwise_logits
 from cosmos_export.parity.stored import compare_stored
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
@@ -41,10 +41,11 @@ class Effort(StrEnum):
 
 @dataclass(frozen=True)
 class _Trial:
-    """A case, and how the bundle computes its logits."""
+    """A case, and how the bundle computes its logits, from position `since` on."""
 
     case: Case
     run: Callable[[Session], NDArray]
+    since: int = 0
 
 
 def verify_bundle(
@@ -109,11 +110,14 @@ def _sessions(session: Session, recipe: ExportRecipe, provider: str) -> Iterator
 
 
 def _stepwise(session: Session) -> list[_Trial]:
-    manifest = session.manifest
-    return [
+    vocab_size, limit = session.manifest.vocab_size, session.manifest.max_sequence_length
+    alone = [
         _Trial(case, lambda s, c=case, n=sizes: stepwise_logits(s, c.input_ids, n))  # type: ignore[misc]
-        for case, sizes in stepwise_cases(manifest.vocab_size, manifest.max_sequence_length)
+        for case, sizes in stepwise_cases(vocab_size, limit)
     ]
+    case, prompts = ragged_case(vocab_size, limit)
+    together = _Trial(case, lambda s: ragged_logits(s, case.input_ids, prompts), since=max(prompts))
+    return [*alone, together] if max(prompts) < case.input_ids.shape[1] else alone
 
 
 def _run(
@@ -123,7 +127,8 @@ def _run(
     results: dict[Arithmetic, list[CaseResult]] = {arithmetic: [] for arithmetic in sessions}
     for done, trial in enumerate(trials):
         progress.update(done, len(trials))
-        exact, eager = reference.exact(trial.case.input_ids), reference.eager(trial.case.input_ids)
+        ids = trial.case.input_ids
+        exact, eager = (compute(ids)[:, trial.since :] for compute in (reference.exact, reference.eager))
         for arithmetic, session in sessions.items():
             results[arithmetic].append(_result(trial.case, arithmetic, trial.run(session), exact, eager))
     progress.update(len(trials), len(trials))

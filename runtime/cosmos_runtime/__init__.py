@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cosmos_runtime.batch_decoding import BatchDecoder, new_batch_decoder
     from cosmos_runtime.batch_generation import BatchGeneration, generate_batch
     from cosmos_runtime.bundle import Bundle
     from cosmos_runtime.continuation import Continuation
@@ -41,6 +42,7 @@ __all__ = [
     "DECODER",
     "FULL_SEQUENCE",
     "MANIFEST_NAME",
+    "BatchDecoder",
     "BatchGeneration",
     "Bundle",
     "BundleError",
@@ -69,6 +71,7 @@ __all__ = [
     "generate_batch",
     "generate_text",
     "load",
+    "new_batch_decoder",
     "new_decoder",
     "sample",
     "score",
@@ -76,6 +79,7 @@ __all__ = [
 
 _PUBLIC_NAMES = {
     "batch_generation": ("BatchGeneration", "generate_batch"),
+    "batch_decoding": ("BatchDecoder", "new_batch_decoder"),
     "bundle": ("Bundle",),
     "continuation": ("Continuation",),
     "decoding": ("Decoder", "RewindingDecoder", "new_decoder"),

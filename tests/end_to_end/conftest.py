@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,17 @@ import pytest
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.model.loading import random_checkpoint
+from cosmos_export.onnx.quantize import Quantization
 from cosmos_export.pipeline import ExportedBundle, export_onnx
 from cosmos_export.recipe import ExportRecipe
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On models this small, threads only wait for each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cosmos_runtime.session.thread_count", lambda threads: threads or 1)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +51,27 @@ def small_bundle(
 ) -> ExportedBundle:
     out: Path = tmp_path_factory.mktemp("bundles") / "small"
     return export_onnx(small_checkpoint, out, recipe)
+
+
+@pytest.fixture(scope="session")
+def small_decoder(small_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> ExportedBundle:
+    """The same model with a key/value cache, in float32."""
+    out = tmp_path_factory.mktemp("bundles") / "decoder"
+    return export_onnx(small_checkpoint, out, ExportRecipe.load("cpu-fp32"))
+
+
+@pytest.fixture(scope="session")
+def gentle_checkpoint(small_config: CosmosAdvancedConfig) -> Checkpoint:
+    """Wide enough for blocks of 32, and weights of a size with which rounded activations stay near exact ones."""
+    config = replace(small_config, dim=64, hidden_dim=80)
+    checkpoint = random_checkpoint(config, name="gentle", seed=3)
+    tensors = {n: checkpoint.tensor(n) * (3 if checkpoint.tensor(n).dim() > 1 else 1) for n in checkpoint.names}
+    return Checkpoint.from_tensors(config, tensors, {"kind": "preset", "location": "gentle"})
+
+
+@pytest.fixture(scope="session")
+def small_int4(gentle_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> ExportedBundle:
+    """Every part that a quantised matrix can have: blocks, scales and zero points."""
+    out = tmp_path_factory.mktemp("bundles") / "int4"
+    form = Quantization(bits=4, block_size=32, symmetric=False, accuracy_level=4)
+    return export_onnx(gentle_checkpoint, out, replace(ExportRecipe.load("cpu-int4"), quantization=form))

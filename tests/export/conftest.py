@@ -55,6 +55,17 @@ def tiny_checkpoint(make_config: Callable[..., CosmosAdvancedConfig]) -> Checkpo
 
 
 @pytest.fixture(scope="session")
+def wide_checkpoint(make_config: Callable[..., CosmosAdvancedConfig]) -> Checkpoint:
+    """What quantising recipes can be made of: blocks fill dim, and not hidden_dim, whose last block is not full.
+
+    Larger weights than usual, so that attention is not uniform and a fault shows.
+    """
+    checkpoint = random_checkpoint(make_config(dim=64, hidden_dim=80), name="wide")
+    tensors = {n: checkpoint.tensor(n) * (5 if checkpoint.tensor(n).dim() > 1 else 1) for n in checkpoint.names}
+    return Checkpoint.from_tensors(checkpoint.config, tensors, {"kind": "preset", "location": "wide"})
+
+
+@pytest.fixture(scope="session")
 def _tiny_trace(make_config: Callable[..., CosmosAdvancedConfig]) -> ir.Model:
     return trace(skeleton(make_config()), FULL_SEQUENCE, graph_spec(FULL_SEQUENCE, make_config(), 20))
 

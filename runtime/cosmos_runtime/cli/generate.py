@@ -46,8 +46,9 @@ _FROM_BUNDLE = "default: the bundle's own"
     type=click.IntRange(min=0),
     default=0,
     metavar="K",
-    help="Guess up to K tokens from repetition and check them at once: the same answer, sooner where it repeats itself "
-    "or its prompt (summaries, edits, code); wants --greedy. Try 8.",
+    help="Guess up to K tokens from repetition and check them at once: sooner where the answer repeats itself or its "
+    "prompt (summaries, edits, code). The same answer in float32; with int8 activations it can change at a near tie. "
+    "Wants --greedy. Try 8.",
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device.")
