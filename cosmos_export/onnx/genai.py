@@ -31,8 +31,8 @@ def write_genai(folder: Path, decoder_file: str, config: CosmosAdvancedConfig) -
 def genai_config(config: CosmosAdvancedConfig) -> dict[str, Any]:
     """The contents of genai_config.json.
 
-    onnxruntime-genai ends a generation at a token of the vocabulary, whatever the configuration says. A Cosmos model has
-    no such token; `END_TOKEN` is named, and a generation that reaches it ends there.
+    onnxruntime-genai ends a generation at a token of the vocabulary, whatever the configuration says. A Cosmos model
+    has no such token; `END_TOKEN` is named, and a generation that reaches it ends there.
     """
     return {
         "model": {
