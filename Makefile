@@ -52,8 +52,10 @@ format: $(READY) ## Let ruff put the code in order
 	$(RUN)ruff check --fix .
 	$(RUN)ruff format .
 
-bench: $(READY) ## Time the runtime against eager PyTorch on the demo model; results in benchmarks/results
-	$(RUN)python benchmarks/full_sequence.py
+bench: $(READY) ## Time the runtime beside the other engines that are installed; results in benchmarks/results
+	@$(RUN)python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(RUN)python -m benchmarks.full_sequence
+	$(RUN)python -m benchmarks.cpu_decode
 
 clean: ## Remove what the other targets made, except .venv
 	rm -rf build bundles .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@ What is measured: seconds of one forward pass over 1 x T tokens, all logits, flo
 sides. The two take turns (A B A B ...) so that a change of the machine's speed meets both; what counts is the median of
 the ratios. The last line is one line of JSON; the same goes to benchmarks/results/full_sequence.json.
 
-    python benchmarks/full_sequence.py [--pairs 9]
+    python -m benchmarks.full_sequence [--pairs 9]
 """
 
 from __future__ import annotations

@@ -154,6 +154,11 @@ def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(f"recipe {path}: precision 'fp32' rounds nothing, got [{given[0]}]; leave it out")
     if values["precision"] != "fp32" and "quantization" not in forms:
         raise RecipeError(f"recipe {path}: precision {values['precision']!r} needs a [quantization]")
+    if values["precision"] != "fp32" and values["precision"] != f"int{forms['quantization'].bits}":
+        bits = forms["quantization"].bits
+        raise RecipeError(
+            f"recipe {path}: precision {values['precision']!r} but quantization.bits {bits}: make them agree"
+        )
     if values["precision"] != "fp32" and values["dialect"] != "ort":
         raise RecipeError(f"recipe {path}: quantisation needs dialect 'ort', got {values['dialect']!r}")
     if "embedding" in forms and not forms["embedding"].symmetric:

@@ -19,12 +19,13 @@ from torch import Tensor
 _CLIPPING = {4: (1.0, 0.97, 0.94, 0.91, 0.88, 0.85), 8: (1.0,)}
 
 
+# Values of the operator's accuracy_level: what it computes with.
+INT8_ACTIVATIONS, FLOAT32_ACTIVATIONS = 4, 1
+
+
 @dataclass(frozen=True)
 class Quantization:
-    """How matrices are stored.
-
-    `accuracy_level` is the operator's: 4 computes with int8 activations, 0 or 1 with float32 ones.
-    """
+    """How matrices are stored, and (`accuracy_level`) what is computed with: 4 int8, 0 or 1 float32 activations."""
 
     bits: int
     block_size: int

@@ -17,17 +17,16 @@ from pathlib import Path
 
 import onnx
 
+from cosmos_export.onnx.quantize import FLOAT32_ACTIVATIONS, INT8_ACTIVATIONS
 from cosmos_export.parity.gates import Arithmetic
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import MANIFEST_NAME, Bundle, describe_file
-
-_INT8, _FLOAT32 = 4, 1  # values of accuracy_level
 
 
 def arithmetic_of(recipe: ExportRecipe) -> Arithmetic:
     """What the products of a bundle of this recipe compute with."""
     forms = (recipe.quantization, recipe.embedding, *recipe.overrides.values())
-    rounds = any(form is not None and form.accuracy_level == _INT8 for form in forms)
+    rounds = any(form is not None and form.accuracy_level == INT8_ACTIVATIONS for form in forms)
     return Arithmetic.INT8_ACTIVATIONS if rounds else Arithmetic.FLOAT32
 
 
@@ -60,6 +59,6 @@ def _rewrite(graph: Path) -> None:
     for node in model.graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
-                attribute.i = _FLOAT32
+                attribute.i = FLOAT32_ACTIVATIONS
     graph.unlink()  # it may be a link to the bundle's own
     graph.write_bytes(model.SerializeToString())

@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.model.decoder import CosmosDecoder
+from cosmos_export.model.loading import load_decoder
 from cosmos_export.parity.cases import TokenIds
 from cosmos_export.parity.gates import QUALITY_GATES
 from cosmos_export.parity.metrics import kl_divergences, log_softmax
-from cosmos_export.parity.reference import EagerReference
 from cosmos_runtime import Sampling, Session, generate
 
 # Text that the model writes itself: rows of so many tokens, each from a token drawn at random.
@@ -47,7 +49,7 @@ def measure_quality(
     """Compares `session` with the float32 model on `rows` of token ids, or on text that the model writes."""
     named = rows is not None
     rows = rows if rows is not None else sampled_text(session)
-    model = EagerReference(checkpoint, causal=causal)
+    model = load_decoder(checkpoint, causal=causal)
     compared = [_compare(session, model, row) for row in rows]
     divergence, same, nats, model_nats = (np.concatenate(part) for part in zip(*compared, strict=True))
     mean, agreement = float(divergence.mean()), float(same.mean())
@@ -89,10 +91,11 @@ def _write(session: Session, start: int, length: int, seed: int) -> TokenIds:
     return np.array([start, *written], dtype=np.int64)[:length]
 
 
-def _compare(session: Session, model: EagerReference, row: TokenIds) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+@torch.inference_mode()
+def _compare(session: Session, model: CosmosDecoder, row: TokenIds) -> tuple[NDArray, NDArray, NDArray, NDArray]:
     """(divergence, same best token, nats, the model's nats) of each token of `row` after its first."""
     actual = log_softmax(session.logits(row)[0, :-1])
-    exact = log_softmax(model.eager(row[None])[0, :-1])
+    exact = log_softmax(model(torch.from_numpy(row[None])).numpy()[0, :-1])
     places = np.arange(len(row) - 1), row[1:]
     same = actual.argmax(-1) == exact.argmax(-1)
     return kl_divergences(exact, actual), same, -actual[places], -exact[places]

@@ -1,19 +1,32 @@
-"""What a bundle must equal: the eager model in float64, and how far float32 rounding alone takes the same model."""
+"""What a bundle must equal: the eager model in float64, and how far the bundle's arithmetic alone takes that model."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.model.decoder import CosmosDecoder
 from cosmos_export.model.loading import load_decoder
+from cosmos_export.onnx.quantize import INT8_ACTIVATIONS, Quantization
+from cosmos_export.parity.gates import Arithmetic
+from cosmos_export.recipe import ExportRecipe
 
 
 class EagerReference:
-    """The eager model of a checkpoint, in float64 and in float32."""
+    """The eager model of a checkpoint, in float64 and in the arithmetic of a bundle.
 
-    def __init__(self, checkpoint: Checkpoint, *, causal: bool = True) -> None:
+    `checkpoint` has the weights that the bundle computes with; `recipe` says which activations it rounds to 8 bits.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, recipe: ExportRecipe, *, causal: bool = True) -> None:
+        self._recipe = recipe
         self._exact = load_decoder(checkpoint, causal=causal, dtype=torch.float64)
         self._eager = load_decoder(checkpoint, causal=causal, dtype=torch.float32)
 
@@ -21,11 +34,55 @@ class EagerReference:
         """Logits (B, T, V) of ids (B, T), all arithmetic in float64."""
         return _run(self._exact, input_ids)
 
-    def eager(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits (B, T, V) of ids (B, T) as PyTorch computes them in float32."""
-        return _run(self._eager, input_ids)
+    def eager(self, input_ids: NDArray[np.int64], arithmetic: Arithmetic = Arithmetic.FLOAT32) -> NDArray[np.float32]:
+        """Logits (B, T, V) of ids (B, T) as PyTorch computes them in float32, or with activations rounded besides."""
+        if arithmetic is Arithmetic.FLOAT32:
+            return _run(self._eager, input_ids)
+        with _rounded_activations(self._eager, self._recipe):
+            return _run(self._eager, input_ids)
 
 
 @torch.inference_mode()
 def _run(model: torch.nn.Module, input_ids: NDArray[np.int64]) -> NDArray:
     return model(torch.from_numpy(input_ids)).numpy()
+
+
+@contextlib.contextmanager
+def _rounded_activations(model: CosmosDecoder, recipe: ExportRecipe) -> Iterator[None]:
+    """Within it, the input of each product that `recipe` computes with int8 activations is rounded as kernels do."""
+    handles = []
+    for name, module in model.named_modules():
+        block_size = _rounded_blocks(recipe.form_of(f"{name}.weight"))
+        if isinstance(module, nn.Linear) and block_size:
+            handles.append(module.register_forward_pre_hook(_RoundInput(block_size)))
+    project, head_block_size = model.logits, _rounded_blocks(recipe.embedding)
+    if head_block_size:
+        model.logits = lambda hidden: project(round_to_int8(hidden, head_block_size))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        model.__dict__.pop("logits", None)
+        for handle in handles:
+            handle.remove()
+
+
+class _RoundInput:
+    """A forward pre-hook that rounds a layer's only input."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (round_to_int8(inputs[0], self.block_size),)
+
+
+def round_to_int8(x: Tensor, block_size: int) -> Tensor:
+    """Rounds each block of the last axis to 255 levels between plus and minus its largest magnitude; same shape."""
+    blocks = F.pad(x, (0, -x.shape[-1] % block_size)).unflatten(-1, (-1, block_size))
+    step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
+    return ((blocks / step).round() * step).flatten(-2)[..., : x.shape[-1]]
+
+
+def _rounded_blocks(form: Quantization | None) -> int | None:
+    """The size of the blocks in which activations are rounded before a product with such a matrix; None: not at all."""
+    return form.block_size if form is not None and form.accuracy_level == INT8_ACTIVATIONS else None

@@ -72,7 +72,7 @@ def verify_bundle(
     graphs = [session.bundle.file(spec.file) for spec in manifest.graphs.values()]
     stored = [compare_stored(graph, checkpoint, recipe) for graph in graphs]
     progress.stage("Loading the float64 reference")
-    reference = EagerReference(recipe.as_computed(checkpoint), causal=causal)
+    reference = EagerReference(recipe.as_computed(checkpoint), recipe, causal=causal)
     cases, skipped = build_cases(checkpoint.config, quick=effort is Effort.QUICK)
     trials = [_Trial(case, lambda s, c=case: s.logits(c.input_ids)) for case in cases]  # type: ignore[misc]
     trials += _stepwise(session) if DECODER in manifest.graphs else []
@@ -128,8 +128,9 @@ def _run(
     for done, trial in enumerate(trials):
         progress.update(done, len(trials))
         ids = trial.case.input_ids
-        exact, eager = (compute(ids)[:, trial.since :] for compute in (reference.exact, reference.eager))
+        exact = reference.exact(ids)[:, trial.since :]
         for arithmetic, session in sessions.items():
+            eager = reference.eager(ids, arithmetic)[:, trial.since :]
             results[arithmetic].append(_result(trial.case, arithmetic, trial.run(session), exact, eager))
     progress.update(len(trials), len(trials))
     return [result for per_session in results.values() for result in per_session]
