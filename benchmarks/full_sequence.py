@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import environment
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.loading import load_decoder
 from cosmos_export.parity.verify import Effort
@@ -52,7 +50,7 @@ def main(pairs: int, threads: int) -> None:
         session = load(bundle.path, threads=threads)
         rows = [_compare(length, model, session, checkpoint.config.vocab_size, pairs) for length in LENGTHS]
     _print(rows)
-    result = {"benchmark": "full_sequence", "threads": threads, "pairs": pairs, **_machine(), "rows": rows}
+    result = {"benchmark": "full_sequence", "pairs": pairs, **environment(threads, {}), "rows": rows}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     click.echo(json.dumps(result))
@@ -95,25 +93,6 @@ def _print(rows: list[dict[str, Any]]) -> None:
         times = [f"{row[side]:.2f}" for side in ("runtime_ms", "eager_ms")]
         table.add_row(str(row["tokens"]), *times, f"{row['speedup']:.2f}", f"{low:.2f} to {high:.2f}")
     Console(highlight=False).print(table)
-
-
-def _machine() -> dict[str, Any]:
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "commit": described.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "cpu": _cpu_name(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "onnxruntime", "numpy")},
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

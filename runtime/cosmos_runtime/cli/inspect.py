@@ -60,12 +60,18 @@ def _summary(manifest: "Manifest", checked: bool) -> Iterator[str]:
 def _graph_lines(name: str, graph: "GraphSpec") -> Iterator[str]:
     yield f"graph       {name}: {graph.file}, opset {graph.opset}"
     for direction, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
+        alike: dict[tuple[object, ...], list[TensorSpec]] = {}
         for tensor in tensors:
-            yield f"  {direction}       {_tensor(tensor)}"
+            alike.setdefault((tensor.role, tensor.dtype, tensor.shape), []).append(tensor)
+        for group in alike.values():
+            yield f"  {direction}       {_tensors(group)}"
 
 
-def _tensor(tensor: "TensorSpec") -> str:
-    return f"{tensor.name}: {tensor.dtype} [{', '.join(map(str, tensor.shape))}], role {tensor.role}"
+def _tensors(group: "list[TensorSpec]") -> str:
+    """Tensors that differ in their names alone, such as the caches of all layers, on one line."""
+    first, last = group[0], group[-1]
+    names = first.name if len(group) == 1 else f"{first.name} to {last.name} ({len(group)})"
+    return f"{names}: {first.dtype} [{', '.join(map(str, first.shape))}], role {first.role}"
 
 
 def _file_lines(manifest: "Manifest") -> Iterator[str]:
