@@ -13,7 +13,7 @@ from cosmos_export.errors import ConfigError, CosmosExportError, RecipeError
 DEFAULT_RECIPES = {True: "cpu-fp32", False: "fp32"}
 
 _PACKAGE = Path(__file__).resolve().parent
-_ROOT = _PACKAGE / "resources" if (_PACKAGE / "resources").is_dir() else _PACKAGE.parent
+_ROOT = _PACKAGE / "data" if (_PACKAGE / "data").is_dir() else _PACKAGE.parent
 
 
 def preset_names() -> list[str]:
