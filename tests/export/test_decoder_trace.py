@@ -10,6 +10,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
@@ -167,6 +168,18 @@ def test_operators_are_those_of_the_dialect(decoder: Decoder) -> None:
 
 def test_the_checker_is_content_with_standard_operators(decoders: Callable[[str], Decoder]) -> None:
     onnx.checker.check_model(decoders("portable-fp32").path, full_check=True)
+
+
+def test_standard_operators_run_in_the_reference_evaluator(decoders: Callable[[str], Decoder], ids: np.ndarray) -> None:
+    """onnx's own implementation of the operators, in numpy: a runtime that is none of ours."""
+    decoder = decoders("portable-fp32")
+    evaluator = ReferenceEvaluator(onnx.load(decoder.path))
+    last = {"logit_offsets": np.array([0])}
+    feeds = {"input_ids": ids[:, :6], "attention_mask": np.ones((1, 6), np.int64), **last}
+    prefill, *cache = evaluator.run(None, feeds | dict(zip(decoder.past, decoder.cache(1), strict=True)))
+    feeds = {"input_ids": ids[:, 6:7], "attention_mask": np.ones((1, 7), np.int64), **last}
+    decode, *_ = evaluator.run(None, feeds | dict(zip(decoder.past, cache, strict=True)))
+    assert_equal(np.concatenate([prefill, decode], axis=1), decoder.expected(ids[:, :7])[:, 5:])
 
 
 def test_no_two_nodes_share_a_name_and_none_shows_the_build_machine(decoder: Decoder) -> None:
