@@ -8,9 +8,9 @@ import numpy.typing as npt
 
 from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.decoder_graph import DecoderGraph
-from cosmos_runtime.errors import BundleError, InputError, TokenizerError
+from cosmos_runtime.errors import BundleError, InputError, ProviderError, TokenizerError
 from cosmos_runtime.full_sequence_graph import FullSequenceGraph
-from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, Manifest, Role
+from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, GraphSpec, Manifest, Role
 from cosmos_runtime.providers import create_inference_session
 from cosmos_runtime.signature import check_decoder, check_full_sequence, check_signature
 from cosmos_runtime.threads import thread_count
@@ -38,6 +38,7 @@ def load(
     name = _default_graph(opened.manifest) if graph is None else _known_graph(graph)
     spec = opened.manifest.graph(name)
     _CHECKS[name](spec, opened.manifest.vocab_size)
+    check_device(opened.manifest, spec, provider)
     inference = create_inference_session(opened.file(spec.file), provider, thread_count(threads))
     check_signature(inference, spec)
     if name == DECODER:
@@ -90,6 +91,21 @@ def _known_graph(name: str) -> str:
     if name not in _CHECKS:
         raise InputError(f"graph: expected {DECODER!r} or {FULL_SEQUENCE!r}, got {name!r}")
     return name
+
+
+def check_device(manifest: Manifest, graph: GraphSpec, provider: str) -> None:
+    """Refuse a graph whose attention would not run where it was asked to.
+
+    ONNX Runtime's GroupQueryAttention has no float32 kernel on CUDA; it would take that operator to the CPU in silence.
+
+    Raises: ProviderError.
+    """
+    float32_cache = any(t.role == Role.PAST_KEY and t.dtype == "float32" for t in graph.inputs)
+    if provider == "cuda" and float32_cache and manifest.recipe["dialect"] == "ort":
+        raise ProviderError(
+            f"provider 'cuda': {manifest.name} was exported for CPUs (recipe {manifest.recipe['name']!r}): its fused "
+            f"attention has no float32 kernel on CUDA; export with --recipe portable-fp32, or use provider='cpu'"
+        )
 
 
 def _default_graph(manifest: Manifest) -> str:

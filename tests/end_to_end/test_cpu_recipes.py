@@ -17,10 +17,10 @@ from cosmos_export.errors import ParityError
 from cosmos_export.parity.gates import Verdict
 from cosmos_export.parity.quality import measure_quality, sampled_text
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import ExportedBundle, export_onnx
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import demo_checkpoint
-from cosmos_runtime import Bundle, load
+from cosmos_runtime import Bundle, ProviderError, load
 from cosmos_runtime.cli import main as run_main
 
 # Mean KL divergence at most, agreement at least, size at most as a share of the weights in float32.
@@ -137,3 +137,9 @@ def test_the_quality_gate_sees_scales_that_went_wrong(exported, checkpoint, tmp_
     assert bad.passed is False
     assert bad.mean_kl_divergence > LIMITS["int4"][0] > good.mean_kl_divergence
     assert bad.perplexity > good.perplexity
+
+
+def test_a_fused_float32_cache_is_refused_on_a_gpu(small_decoder: ExportedBundle) -> None:
+    """Its attention would run on the CPU in silence. Refused before onnxruntime is asked, so on any machine."""
+    with pytest.raises(ProviderError, match=r"no float32 kernel on CUDA.*portable-fp32"):
+        load(small_decoder.path, provider="cuda")
