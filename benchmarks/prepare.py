@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.engines import KINDS, OURS
-from benchmarks.engines.genai import adapt_bundle, set_threads
+from benchmarks.engines.genai import set_threads
 from benchmarks.hf_export import write_hf_folder
 from benchmarks.process import OFFLINE, ROOT, Variant
 from cosmos_export.checkpoint import Checkpoint
@@ -106,7 +106,7 @@ class Workshop:
         folder = self.scratch / f"genai-bundle-{precision}"
         if not folder.is_dir():
             shutil.copytree(self.bundle(precision), folder)
-        adapt_bundle(folder, self.threads)
+        set_threads(folder, self.threads)
         return [self._variant("genai", precision, f"our {precision} bundle", folder=str(folder))]
 
     def _genai_builder(self, precision: str) -> list[Variant]:

@@ -1,6 +1,6 @@
 """Every name in an exported graph: inputs, outputs, axes, initializers. They reach the runtime through the manifest.
 
-batch B    sequence T    V  vocab_size
+batch B    sequence T    total_sequence N    cache_length L    num_logits n    V  vocab_size
 """
 
 from __future__ import annotations

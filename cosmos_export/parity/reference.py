@@ -27,8 +27,10 @@ class EagerReference:
 
     def __init__(self, checkpoint: Checkpoint, recipe: ExportRecipe, *, causal: bool = True) -> None:
         self._recipe = recipe
-        self._exact = load_decoder(checkpoint, causal=causal, dtype=torch.float64)
-        self._eager = load_decoder(checkpoint, causal=causal, dtype=torch.float32)
+        self._eager = load_decoder(checkpoint, causal=causal)
+        # The weights are read, and where the recipe rounds them rounded, once: both models have the same.
+        loaded = Checkpoint.from_tensors(checkpoint.config, self._eager.state_dict(), dict(checkpoint.origin))
+        self._exact = load_decoder(loaded, causal=causal, dtype=torch.float64)
 
     def exact(self, input_ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Logits (B, T, V) of ids (B, T), all arithmetic in float64."""

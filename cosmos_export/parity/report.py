@@ -14,7 +14,8 @@ from cosmos_export.parity.stored import StoredTensors
 
 @dataclass(frozen=True)
 class Measurement:
-    """Errors of one case at some of its positions, in logits: the bundle's, the eager float32 model's, the gate's."""
+    """Errors of one case at some of its positions, in logits: the bundle's, the eager model's in the same arithmetic,
+    and the one that the gate allows."""
 
     positions: str
     error: float
@@ -107,7 +108,7 @@ class ParityReport:
         share = max(gate_share(c.worst) for c in self.cases)
         ambiguous = self.count(Verdict.AMBIGUOUS)
         ties = f", {ambiguous} of them with a best token that changed at a near tie" if ambiguous else ""
-        model = "float64" if self.quality is None else "float64 on the rounded weights"
+        model = "float64 on the rounded weights" if self.precision in QUALITY_GATES else "float64"
         quality = "" if self.quality is None else f"; against the model before rounding: {_quality_words(self.quality)}"
         return (
             f"{len(self.cases)} cases up to {self.longest} of {self.max_sequence_length} tokens equal {model} within "

@@ -25,7 +25,7 @@ class PackProjections(ir.passes.InPlacePass):
         modified = False
         for node in list(model.graph):
             for packed, parts in PACKED_PROJECTIONS.items():
-                products = _products(model.graph, node, packed, parts)
+                products = _products(node, parts)
                 if products:
                     _pack(model.graph, products, packed, parts)
                     modified = True
@@ -40,14 +40,15 @@ def _weight(node: ir.Node) -> ir.Value | None:
     return weight if weight is not None and weight.is_initializer() and weight.const_value is None else None
 
 
-def _products(graph: ir.Graph, first: ir.Node, packed: str, parts: tuple[str, ...]) -> list[ir.Node]:
+def _products(first: ir.Node, parts: tuple[str, ...]) -> list[ir.Node]:
     """The products of all `parts` that read the input of `first`, in order; none unless `first` is the first one's."""
     weight = _weight(first)
     if weight is None or weight.name is None or f".{parts[0]}." not in weight.name or first.inputs[0] is None:
         return []
     siblings = {w.name: node for node in first.inputs[0].consumers() if (w := _weight(node)) is not None}
     wanted = [weight.name.replace(f".{parts[0]}.", f".{part}.") for part in parts]
-    return [siblings[name] for name in wanted if name in siblings] if all(name in siblings for name in wanted) else []
+    found = [siblings[name] for name in wanted if name in siblings]
+    return found if len(found) == len(wanted) else []
 
 
 def _pack(graph: ir.Graph, products: list[ir.Node], packed: str, parts: tuple[str, ...]) -> None:
