@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -95,10 +95,18 @@ class Checkpoint:
         """Raises CheckpointError that lists every tensor of `shapes` that is missing, misshapen or not of numbers."""
         problems = [problem for name, shape in shapes.items() if (problem := self._problem(name, shape))]
         if problems:
-            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
             raise CheckpointError(
-                f"{self.origin.get('location')}: the weights do not fit {CONFIG}: {shown}. "
+                f"{self.origin.get('location')}: the weights do not fit {CONFIG}: {_listed(problems, '; ')}. "
                 f"Check that {CONFIG} belongs to these weights"
+            )
+
+    def refuse_unknown(self, known: Collection[str], ignored_prefixes: tuple[str, ...]) -> None:
+        """Raises CheckpointError that lists every stored tensor that is neither `known` nor to be ignored."""
+        unknown = [name for name in self.stored if name not in known and not name.startswith(ignored_prefixes)]
+        if unknown:
+            raise CheckpointError(
+                f"{self.origin.get('location')}: a model of this {CONFIG} has no use for: {_listed(unknown, ', ')}. "
+                f"Check that {CONFIG} belongs to these weights, or remove those tensors"
             )
 
     def _problem(self, name: str, shape: tuple[int, ...]) -> str | None:
@@ -132,6 +140,11 @@ def save_checkpoint(
     (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None and tokenizer.resolve() != (folder / TOKENIZER).resolve():
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+
+
+def _listed(items: list[str], separator: str, limit: int = 8) -> str:
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join(items[:limit] + more)
 
 
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from cosmos_export.errors import ConfigError
+from cosmos_runtime import EVALUATION_CHECKS, SAFETY_CHECKS, SAFETY_LEVELS
 
 # Names that a published config.json holds and no forward pass reads. The constructor takes them, so that
 # `CosmosAdvancedConfig(**json.load(f))` works, while a misspelt field is still an error.
@@ -278,16 +279,7 @@ def _carried_value(owner: Any, name: str) -> Any:
 
 
 def _problems(config: CosmosAdvancedConfig) -> Iterator[str]:
-    for name in (
-        "dim",
-        "n_layers",
-        "head_dim",
-        "hidden_dim",
-        "n_heads",
-        "n_kv_heads",
-        "vocab_size",
-        "max_sequence_length",
-    ):
+    for name in GEOMETRY:
         value = getattr(config, name)
         if not _is_integer(value) or value < 1:
             yield f"{name} must be a positive integer, got {value!r}"
@@ -300,6 +292,7 @@ def _problems(config: CosmosAdvancedConfig) -> Iterator[str]:
         if not _is_number(value) or not 0 <= value < 1:
             yield f"{name} must be a probability in [0, 1), got {value!r}"
     yield from _head_problems(config)
+    yield from _capability_problems(config)
 
 
 def _head_problems(config: CosmosAdvancedConfig) -> Iterator[str]:
@@ -308,6 +301,46 @@ def _head_problems(config: CosmosAdvancedConfig) -> Iterator[str]:
         yield f"n_heads must be a multiple of n_kv_heads, got n_heads {heads} and n_kv_heads {kv_heads}"
     if _is_integer(width) and width > 0 and width % 2:
         yield f"head_dim must be even (rotary embedding turns pairs of channels), got {width}"
+
+
+# What the capability heads are built from and read; a group's other settings are only carried.
+_COUNTS = {
+    "reasoning": ("thinking_depth", "reasoning_steps", "multi_path_exploration", "consistency_checks"),
+    "evaluation": ("verification_depth",),
+}
+_SWITCHES = {
+    "reasoning": ("extended_thinking",),
+    "memory": ("episodic_memory",),
+    "safety": SAFETY_CHECKS,
+    "evaluation": EVALUATION_CHECKS,
+}
+
+
+def _capability_problems(config: CosmosAdvancedConfig) -> Iterator[str]:
+    for name, value in _settings_of(config, _COUNTS):
+        if not _is_integer(value) or value < 1:
+            yield f"{name} must be a positive integer, got {value!r}"
+    for name, value in _settings_of(config, _SWITCHES):
+        if not isinstance(value, bool):
+            yield f"{name} must be true or false, got {value!r}"
+    mode: Any = config.reasoning.mode
+    if not isinstance(mode, str):
+        yield f"reasoning.mode must be the name of a mode, got {mode!r}"
+    if config.safety.safety_level not in SAFETY_LEVELS:
+        levels, given = ", ".join(SAFETY_LEVELS), config.safety.safety_level
+        yield f"safety.safety_level must be one of {levels}, got {given!r}"
+    size, threshold = config.memory.working_memory_size, config.evaluation.confidence_threshold
+    if not _is_integer(size) or size < 0:
+        yield f"memory.working_memory_size must be an integer, 0 (none) or more, got {size!r}"
+    if not _is_number(threshold) or not 0 <= threshold <= 1:
+        yield f"evaluation.confidence_threshold must be a number from 0 to 1, got {threshold!r}"
+
+
+def _settings_of(config: CosmosAdvancedConfig, names: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Any]]:
+    """Full names of these settings of groups, and what they are set to."""
+    for group, settings in names.items():
+        for setting in settings:
+            yield f"{group}.{setting}", getattr(getattr(config, group), setting)
 
 
 def _is_integer(value: Any) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cosmos_runtime.bundle import Bundle
     from cosmos_runtime.continuation import Continuation
     from cosmos_runtime.decoding import Decoder, RewindingDecoder, new_decoder
+    from cosmos_runtime.diagnostics import nested_diagnostics
     from cosmos_runtime.errors import BundleError, CosmosRuntimeError, InputError, ProviderError, TokenizerError
     from cosmos_runtime.files import describe_file
     from cosmos_runtime.generation import Generation, TextGeneration, generate, generate_text
@@ -32,6 +33,17 @@ if TYPE_CHECKING:
         TensorSpec,
     )
     from cosmos_runtime.sampling import Sampling, sample
+    from cosmos_runtime.scores import (
+        BLOCKING_LEVELS,
+        CAPABILITIES,
+        EVALUATION_CHECKS,
+        LABELS,
+        SAFETY_CHECKS,
+        SAFETY_LEVELS,
+        THRESHOLDS,
+        ScoreSpec,
+        score_specs,
+    )
     from cosmos_runtime.scoring import Score, score
     from cosmos_runtime.session import Session, load
     from cosmos_runtime.tokenizer import TextStream, Tokenizer
@@ -39,9 +51,16 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "BLOCKING_LEVELS",
+    "CAPABILITIES",
     "DECODER",
+    "EVALUATION_CHECKS",
     "FULL_SEQUENCE",
+    "LABELS",
     "MANIFEST_NAME",
+    "SAFETY_CHECKS",
+    "SAFETY_LEVELS",
+    "THRESHOLDS",
     "BatchDecoder",
     "BatchGeneration",
     "Bundle",
@@ -59,6 +78,7 @@ __all__ = [
     "Role",
     "Sampling",
     "Score",
+    "ScoreSpec",
     "Session",
     "TensorSpec",
     "TextGeneration",
@@ -71,10 +91,12 @@ __all__ = [
     "generate_batch",
     "generate_text",
     "load",
+    "nested_diagnostics",
     "new_batch_decoder",
     "new_decoder",
     "sample",
     "score",
+    "score_specs",
 ]
 
 _PUBLIC_NAMES = {
@@ -83,6 +105,7 @@ _PUBLIC_NAMES = {
     "bundle": ("Bundle",),
     "continuation": ("Continuation",),
     "decoding": ("Decoder", "RewindingDecoder", "new_decoder"),
+    "diagnostics": ("nested_diagnostics",),
     "errors": ("BundleError", "CosmosRuntimeError", "InputError", "ProviderError", "TokenizerError"),
     "files": ("describe_file",),
     "generation": ("Generation", "TextGeneration", "generate", "generate_text"),
@@ -97,6 +120,17 @@ _PUBLIC_NAMES = {
         "TensorSpec",
     ),
     "sampling": ("Sampling", "sample"),
+    "scores": (
+        "BLOCKING_LEVELS",
+        "CAPABILITIES",
+        "EVALUATION_CHECKS",
+        "LABELS",
+        "SAFETY_CHECKS",
+        "SAFETY_LEVELS",
+        "THRESHOLDS",
+        "ScoreSpec",
+        "score_specs",
+    ),
     "scoring": ("Score", "score"),
     "session": ("Session", "load"),
     "tokenizer": ("TextStream", "Tokenizer"),

@@ -1,0 +1,117 @@
+"""Semantic memory (cosmos_reference, section 5): attention over a thousand concepts.
+
+    B  batch    D  dim    H  heads    d  D / H    C  concepts
+
+What depends on weights alone is computed once for inference (`freeze`): a frozen module holds the queries' projection
+and the concepts' keys and values as tables, and its forward pass reads neither the embeddings nor the packed
+projection. In training all of it is computed anew in each pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos_export.model.capabilities.layers import in_score_precision, perceptron
+from cosmos_export.model.capabilities.weight_sources import CONCEPT_HEADS, CONCEPTS, DERIVED_CONCEPTS
+
+
+class ConceptAttention(nn.Module):
+    """Weights in the layout of `torch.nn.MultiheadAttention`: query, key and value projections in one, then output."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weights are derived from others, so no state dict has them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    weight: Tensor  # (out, in)
+    bias: Tensor  # (out,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class SemanticMemory(nn.Module):
+    """What the concepts that the input attends to make of it."""
+
+    concept_keys: Tensor | None  # (H, d, C), where frozen
+    concept_values: Tensor | None  # (H, C, d), where frozen
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.concept_embeddings = nn.Parameter(torch.randn(CONCEPTS, dim))
+        self.concept_attention = ConceptAttention(dim)
+        self.knowledge_encoder = perceptron(dim, 2 * dim, dim, norm=True)
+        self.concept_query: FrozenLinear | None = None
+        self.register_buffer("concept_keys", None, persistent=False)
+        self.register_buffer("concept_values", None, persistent=False)
+        self.register_load_state_dict_post_hook(_refresh_after_loading)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) to (B, D)."""
+        query, keys, values = self._query(x), self.concept_keys, self.concept_values
+        if keys is None or values is None:
+            keys, values = self._derived("concept_keys"), self._derived("concept_values")
+        query = query.unflatten(-1, (CONCEPT_HEADS, -1)).transpose(0, 1)  # (H, B, d)
+        weights = F.softmax(in_score_precision(query @ keys), dim=-1).to(x.dtype)  # (H, B, C)
+        attended = (weights @ values).transpose(0, 1).flatten(1)  # (B, D)
+        return self.knowledge_encoder(x + self.concept_attention.out_proj(attended))
+
+    def _query(self, x: Tensor) -> Tensor:
+        if self.concept_query is not None:
+            return self.concept_query(x)
+        return F.linear(x, self._derived("concept_query.weight"), self._derived("concept_query.bias"))
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the tables stand for the weights they were computed from."""
+        return self.concept_query is not None
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Computes the tables from the weights as they are now. Training drops them again."""
+        self.concept_query = FrozenLinear(self._derived("concept_query.weight"), self._derived("concept_query.bias"))
+        self.concept_keys, self.concept_values = self._derived("concept_keys"), self._derived("concept_values")
+
+    def train(self, mode: bool = True) -> SemanticMemory:
+        """Training mode computes everything from the weights, which are about to change."""
+        if mode:
+            self.concept_query = self.concept_keys = self.concept_values = None
+        super().train(mode)
+        return self
+
+    def _derived(self, name: str) -> Tensor:
+        return DERIVED_CONCEPTS[name].read(self.get_parameter)
+
+    def _refresh(self) -> None:
+        if self.is_frozen:
+            self.freeze()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # .double() and .to() come through here: tables that were rounded to another dtype first would keep that.
+        super()._apply(fn, recurse)
+        self._refresh()
+        return self
+
+
+def _refresh_after_loading(module: nn.Module, incompatible_keys: Any) -> None:
+    """The tables of weights that were replaced stand for nothing."""
+    assert isinstance(module, SemanticMemory)
+    module._refresh()

@@ -1,0 +1,106 @@
+"""Working memory (cosmos_reference, section 5): a bank of what earlier calls stored, explicit like a key/value cache.
+
+    B  batch    D  dim    M  slots of the bank    k  entries that are read, at most 5
+
+The bank is a ring: a row's call n (from 0) writes slot n mod M, so a full bank loses its oldest entry. With M =
+`working_memory_size` that is the model; a caller that makes fewer calls may use as many slots as calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos_export.model.capabilities.layers import distribution, in_score_precision
+
+ENTRIES_READ = 5
+_MIN_NORM = 1e-8  # torch.nn.functional.cosine_similarity's
+_EMPTY = -1e4  # below every cosine by so much that its softmax weight is exactly 0 in any precision
+
+
+class MemoryState(NamedTuple):
+    """The bank as tensors: keys (B, M, D) of unit length, values (B, M, D), calls (B,) int64, the calls so far.
+
+    Slots that no call has written may hold any finite numbers; zeros, usually.
+    """
+
+    keys: Tensor
+    values: Tensor
+    calls: Tensor
+
+
+@dataclass
+class MemoryBank:
+    """The working memory of a sequence of calls: pass it as `memory=` to each of them, and each updates it."""
+
+    state: MemoryState
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, dim: int, *, dtype: torch.dtype, device: torch.device) -> MemoryBank:
+        """A bank of `capacity` slots that no call has seen."""
+        keys, values = (torch.zeros(batch, capacity, dim, dtype=dtype, device=device) for _ in range(2))
+        return cls(MemoryState(keys, values, torch.zeros(batch, dtype=torch.int64, device=device)))
+
+    @property
+    def batch(self) -> int:
+        """Rows, each with entries of its own."""
+        return self.state.keys.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Entries that a row can hold."""
+        return self.state.keys.shape[1]
+
+    @property
+    def calls(self) -> Tensor:
+        """Calls of each row so far, (B,) int64."""
+        return self.state.calls
+
+
+def entries_read(working_memory_size: int) -> int:
+    """How many entries a call reads, at most; a bank needs as many slots, filled or not."""
+    return min(ENTRIES_READ, working_memory_size)
+
+
+class WorkingMemory(nn.Module):
+    """Reads the entries most like the input, then stores the input."""
+
+    def __init__(self, dim: int, size: int) -> None:
+        super().__init__()
+        self.entries_read = entries_read(size)
+        self.query_proj = nn.Linear(dim, dim)
+        self.key_proj = nn.Linear(dim, dim)
+        self.value_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        """x (B, D) to what is remembered (B, D), zeros for a row without entries, and the bank with x in it."""
+        if not self.entries_read:
+            return torch.zeros_like(x), state._replace(calls=state.calls + 1)
+        return self._read(x, state), self._store(x, state)
+
+    def _read(self, x: Tensor, state: MemoryState) -> Tensor:
+        slots = torch.arange(state.keys.shape[1], device=x.device)
+        filled = slots < state.calls[:, None]  # (B, M): all, once the ring has come round
+        query = _unit(self.query_proj(x))
+        similarity = (state.keys @ query[..., None]).squeeze(-1)  # (B, M)
+        best = torch.where(filled, in_score_precision(similarity), _EMPTY).topk(self.entries_read, dim=-1)
+        weights = distribution(best.values).to(x.dtype)  # (B, k)
+        found = state.values.gather(1, best.indices[..., None].expand(-1, -1, x.shape[-1]))  # (B, k, D)
+        remembered = (weights[:, None] @ found).squeeze(1)
+        return torch.where(state.calls[:, None] > 0, remembered, 0.0)
+
+    def _store(self, x: Tensor, state: MemoryState) -> MemoryState:
+        capacity = torch.full_like(state.calls, state.keys.shape[1])  # a tensor: ONNX has no modulo by a dynamic axis
+        slot = (state.calls % capacity)[:, None, None].expand(-1, 1, x.shape[-1])  # (B, 1, D)
+        keys = state.keys.scatter(1, slot, _unit(self.key_proj(x))[:, None])
+        values = state.values.scatter(1, slot, self.value_proj(x)[:, None])
+        return MemoryState(keys, values, state.calls + 1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """(..., D) of length 1. The length is measured in at least float32, where the smallest one is not zero."""
+    return F.normalize(in_score_precision(x), dim=-1, eps=_MIN_NORM).to(x.dtype)
