@@ -107,12 +107,12 @@ class CosmosAdvancedModel(CosmosBackbone):
         chosen = self._chosen([name for name, used in zip(CAPABILITIES, flags, strict=True) if used])
         hidden = self.hidden_states(input_ids)
         last = self._last_positions(input_ids, lengths)
-        bank = self._bank_for(len(input_ids), memory) if "memory" in chosen else None
+        bank = self._bank_for(input_ids.shape[0], memory) if "memory" in chosen else None
         enhanced = self.enhance(vectors_at(hidden, last), hidden[:, 0], chosen, bank.state if bank else None)
         if bank is not None and enhanced.memory is not None:
             bank.state = enhanced.memory
         logits = self.logits(enhanced.placed(hidden, last))
-        return logits, self._report(enhanced.scores, chosen, len(input_ids)) if return_diagnostics else None
+        return logits, self._report(enhanced.scores, chosen, input_ids.shape[0]) if return_diagnostics else None
 
     def enhance(
         self,
@@ -222,12 +222,14 @@ class CosmosAdvancedModel(CosmosBackbone):
     def _bank_for(self, batch: int, memory: MemoryBank | None) -> MemoryBank:
         if memory is None:
             return self.new_memory(batch, capacity=1)
-        rows, slots, dim = memory.state.keys.shape
+        keys, wanted = memory.state.keys, self.tok_embeddings.weight
         least = entries_read(self.config.memory.working_memory_size)
-        if rows != batch or dim != self.config.dim or slots < least:
+        fits = keys.shape[0] == batch and keys.shape[1] >= least and keys.shape[2] == self.config.dim
+        if not fits or keys.dtype != wanted.dtype or keys.device != wanted.device:
             raise ConfigError(
-                f"memory: expected a bank of {batch} rows, at least {least} entries and dim {self.config.dim}, got "
-                f"{rows}, {slots} and {dim}; make one with model.new_memory({batch})"
+                f"memory: expected a bank of {batch} rows, at least {least} entries and dim {self.config.dim}, "
+                f"{wanted.dtype} on {wanted.device}, got shape {tuple(keys.shape)}, {keys.dtype} on {keys.device}; "
+                f"make one with model.new_memory({batch})"
             )
         return memory
 

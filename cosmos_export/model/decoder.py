@@ -1,7 +1,7 @@
 """The plain decoder: the backbone's next-token logits, without capability heads.
 
-It is what language modelling, imported models and comparison with other engines need, and the head that
-`cosmos_export.model.capabilities` (sections 3 to 7 of the reference) will stand beside.
+It is what language modelling, imported models and comparison with other engines need. `cosmos_export.model.cosmos` is
+the same backbone with the heads.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Generation with the eager model: plain and slow, one whole forward pass a token. Bundles generate with a cache.
 
-B  batch    T  tokens so far    V  vocab_size
+B  batch    T  tokens of a prompt    N  tokens so far    V  vocab_size
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from cosmos_export.config import CosmosAdvancedConfig
     from cosmos_export.model.cosmos import CosmosAdvancedModel
 
+PADDING = 0  # the id that fills a row after its end
+
 
 @dataclass
 class _Row:
-    """One row's answer so far."""
+    """A prompt and its answer so far."""
 
     tokens: list[int]
     prompt_length: int
@@ -66,49 +68,62 @@ def generate(
     stop_ids: Sequence[int] = (),
     **flags: bool,
 ) -> tuple[Tensor, dict[str, Any] | list[dict[str, Any]]]:
-    """Prompts with their answers (B, T + new), and what is known of them: a dict for one row, else a list.
+    """Prompts (B, T) with their answers (B, N), and what is known of them: a dict for one row, else a list.
 
-    Options that are left out are `config.generation`'s; `temperature=0` is greedy. `flags` are the model's
-    (`use_reasoning`, ...). A row ends when it is blocked ("blocked"), at one of `stop_ids`, which is then not part of
-    it ("stop"), after `max_new_tokens` ("length") or at `max_sequence_length` ("context"); shorter rows are padded with
-    0 on the right. A row's dict holds `num_tokens_generated`, `finish_reason`, and `generation_steps`: the diagnostics
-    of each step. The working memory lasts from the first token to the last.
-    Raises ConfigError for prompts that do not fit, InputError for a sampling option out of range.
+    Options that are left out are `config.generation`'s; `temperature=0` is greedy, and a `seed` is every row's. `flags`
+    are the model's (`use_reasoning`, ...). A row ends when it is blocked ("blocked"), at one of `stop_ids`, which is
+    then not part of it ("stop"), after `max_new_tokens` ("length") or at `max_sequence_length` ("context"); what
+    follows its end is padded with 0. Its dict holds `num_tokens_generated`, `finish_reason` and `generation_steps`,
+    the diagnostics of each step. The working memory lasts from the first token to the last.
+    Raises ConfigError for prompts or a length that do not fit, InputError for a sampling option out of range.
     """
-    config = model.config
-    most = config.generation.max_tokens if max_new_tokens is None else max_new_tokens
-    sampling = _sampling(config, temperature, top_k, top_p, repetition_penalty, seed)
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise ConfigError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
+    most = model.config.generation.max_tokens if max_new_tokens is None else max_new_tokens
+    room = _room(model.config, input_ids, most)
+    sampling = _sampling(model.config, temperature, top_k, top_p, repetition_penalty, seed)
     rows = [_Row(ids, len(ids), sampling) for ids in input_ids.tolist()]
-    for logits, reports in _steps(model, rows, most, flags):
+    for logits, reports in _steps(model, rows, min(most, room), flags):
         for row, row_logits, report in zip(rows, logits, reports, strict=True):
             if row.finish_reason is None:
                 row.take(row_logits, report, stop_ids)
+    for row in rows:
+        row.finish_reason = row.finish_reason or ("length" if most <= room else "context")
     longest = max(len(row.tokens) for row in rows)
-    padded = [row.tokens + [0] * (longest - len(row.tokens)) for row in rows]
+    answers = torch.tensor([_padded(row.tokens, longest) for row in rows], device=input_ids.device)
     summaries = [row.report() for row in rows]
-    return torch.tensor(padded, device=input_ids.device), summaries[0] if len(rows) == 1 else summaries
+    return answers, summaries[0] if len(rows) == 1 else summaries
 
 
 def _steps(
-    model: CosmosAdvancedModel, rows: list[_Row], most: int, flags: dict[str, bool]
+    model: CosmosAdvancedModel, rows: Sequence[_Row], most: int, flags: dict[str, bool]
 ) -> Iterator[tuple[Tensor, list[dict[str, Any]]]]:
-    """Logits (B, V) and reports of each next position, as long as a row goes on; ended rows are carried along."""
-    limit = model.config.max_sequence_length
+    """Logits (B, V) and reports (B) of the next position, up to `most` times; rows that ended are carried along."""
     memory = model.new_memory(len(rows), capacity=most)
     device = model.tok_embeddings.weight.device
-    for step in range(most + 1):
-        running = [row for row in rows if row.finish_reason is None]
-        for row in running:
-            length = len(row.tokens)
-            row.finish_reason = "length" if step == most else "context" if length >= limit else None
+    for step in range(most):
         if all(row.finish_reason for row in rows):
             return
         length = rows[0].prompt_length + step
-        ids = torch.tensor([(row.tokens + [0] * length)[:length] for row in rows], device=device)
+        ids = torch.tensor([_padded(row.tokens, length) for row in rows], device=device)
         logits, reports = model(ids, return_diagnostics=True, memory=memory, **flags)
         yield logits[:, -1], reports if isinstance(reports, list) else [reports]
+
+
+def _padded(tokens: list[int], length: int) -> list[int]:
+    return tokens + [PADDING] * (length - len(tokens))
+
+
+def _room(config: CosmosAdvancedConfig, input_ids: Tensor, max_new_tokens: int) -> int:
+    """How many tokens the model has room for after these prompts."""
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ConfigError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    room = config.max_sequence_length - input_ids.shape[1]
+    if room < 0:
+        raise ConfigError(
+            f"prompts of {input_ids.shape[1]} tokens, and max_sequence_length is {config.max_sequence_length}"
+        )
+    return room
 
 
 def _sampling(
