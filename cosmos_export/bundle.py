@@ -22,7 +22,7 @@ from cosmos_export.errors import TargetError
 from cosmos_export.model.loading import parameter_count
 from cosmos_export.onnx.signature import weights_file
 from cosmos_export.recipe import ExportRecipe
-from cosmos_runtime import MANIFEST_NAME, GraphSpec, Manifest, describe_file
+from cosmos_runtime import MANIFEST_NAME, GraphSpec, Manifest, __version__, describe_file
 
 # What was installed at export, for whoever has to make the same bundle again.
 _RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
@@ -73,7 +73,7 @@ def seal(
     manifest = Manifest(
         name=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        tool={"name": "cosmos-export", "version": version("cosmos-export")},
+        tool={"name": "cosmos-export", "version": __version__},
         versions=_installed_versions(),
         source=dict(checkpoint.origin),
         recipe=recipe.to_dict(),

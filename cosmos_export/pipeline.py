@@ -16,18 +16,18 @@ from cosmos_export.bundle import record_parity, seal, staged_folder, write_compa
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ParityError
-from cosmos_export.model.loading import skeleton
+from cosmos_export.onnx.device_loop import write_samplers
 from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
 from cosmos_export.onnx.genai import write_genai
 from cosmos_export.onnx.passes import run_passes
 from cosmos_export.onnx.signature import graph_spec
-from cosmos_export.onnx.trace import trace
+from cosmos_export.onnx.trace import trace, traceable
 from cosmos_export.onnx.weights import attach_weights
 from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
-from cosmos_runtime import DECODER, Manifest
+from cosmos_runtime import DECODER, DEVICE_LOOP, Manifest
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,23 @@ def export_onnx(
 def _build(
     folder: Path, name: str, checkpoint: Checkpoint, recipe: ExportRecipe, causal: bool, progress: Progress
 ) -> Manifest:
-    config = checkpoint.config
-    model, fused = skeleton(config, causal=causal), _fuses_attention(recipe, config, progress)
-    specs = {graph: graph_spec(graph, config, recipe.opset) for graph in recipe.graphs}
+    config, loop = checkpoint.config, DEVICE_LOOP in recipe.graphs
+    fused = _fuses_attention(recipe, config, progress)
+    model = traceable(config, recipe.activations, causal=causal, fused_attention=fused)
+    specs = {
+        graph: graph_spec(graph, config, recipe.opset, activations=recipe.activations, by_lengths=loop)
+        for graph in recipe.graphs
+        if graph != DEVICE_LOOP
+    }
     for graph, spec in specs.items():
         progress.stage(f"Tracing the {graph} graph")
         program = run_passes(trace(model, graph, spec, fused_attention=fused), recipe)
         attach_weights(program, checkpoint, recipe)
         progress.stage(f"Writing {spec.file} and its weights")
         write_graph(folder, graph, spec.file, program)
-    if DECODER in specs and fused:
+    if loop:
+        specs |= write_samplers(folder, config)
+    elif DECODER in specs and fused:
         write_genai(folder, specs[DECODER].file, config)
     progress.stage("Sealing the bundle")
     write_companions(folder, checkpoint)

@@ -13,14 +13,17 @@ from cosmos_export.checkpoint import EMBEDDING, Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import RecipeError
 from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
-from cosmos_export.onnx.quantize import Quantization
+from cosmos_export.onnx.quantize import INT8_ACTIVATIONS, Quantization
 from cosmos_export.onnx.signature import PACKED_PROJECTIONS
 from cosmos_export.resources import recipe_path
-from cosmos_runtime import DECODER, FULL_SEQUENCE
+from cosmos_runtime import DECODER, DEVICE_LOOP, FULL_SEQUENCE
 
-PRECISIONS = ("fp32", "int8", "int4")
+# A precision is how weights are stored; a floating-point one is also what is computed with.
+FLOAT_PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+PRECISIONS = (*FLOAT_PRECISIONS, "int8", "int4")
+ACTIVATIONS = tuple(FLOAT_PRECISIONS.values())
 DIALECTS = ("portable", "ort")
-GRAPHS = (FULL_SEQUENCE, DECODER)
+GRAPHS = (FULL_SEQUENCE, DECODER, DEVICE_LOOP)
 # Opset 20 is the oldest that the traced operators need; 23 is the newest that torch translates to.
 OPSETS = range(20, 24)
 
@@ -34,7 +37,9 @@ class ExportRecipe:
     """What to make of a model: number format, operator dialect, ONNX opset and which graphs.
 
     `quantization` is how the projections are stored, unless `overrides` names another way for one of them;
-    `embedding` is how the tied table is. None means float32.
+    `embedding` is how the tied table is. None means in the type of the activations.
+    `activations` is the type that is computed with, and that the cache, the rotary tables and the scales of quantised
+    matrices have; logits are always float32.
     """
 
     name: str
@@ -46,6 +51,7 @@ class ExportRecipe:
     quantization: Quantization | None = None
     embedding: Quantization | None = None
     overrides: Mapping[str, Quantization] = field(default_factory=dict)
+    activations: str = "float32"
 
     @classmethod
     def load(cls, name: str) -> Self:
@@ -71,7 +77,7 @@ class ExportRecipe:
         return {key: value for key, value in values.items() if value not in (None, {})}
 
     def form_of(self, source: str) -> Quantization | None:
-        """How the checkpoint tensor (or packed projection) `source` is quantised; None for float32."""
+        """How the checkpoint tensor (or packed projection) `source` is quantised; None for not at all."""
         if source == EMBEDDING:
             return self.embedding
         projection = source.split(".")[-2] if source.count(".") else ""
@@ -112,7 +118,7 @@ class ExportRecipe:
 
 def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in fields(ExportRecipe)} - {"name"}  # a recipe is called what its file is called
-    required = known - {"quantization", "embedding", "overrides"}
+    required = known - {"quantization", "embedding", "overrides", "activations"}
     unknown, missing = sorted(values.keys() - known), sorted(required - values.keys())
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
@@ -126,6 +132,7 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         **values,
         "name": path.name.removesuffix(".toml"),
         "graphs": _graphs(path, values),
+        "activations": _activations(path, values),
         **_quantization(path, values),
     }
 
@@ -138,7 +145,29 @@ def _graphs(path: Path, values: dict[str, Any]) -> tuple[str, ...]:
         )
     for graph in graphs:
         _check_member(path, "graphs", graph, GRAPHS)
+    if DEVICE_LOOP in graphs and (DECODER not in graphs or values["dialect"] != "ort"):
+        raise RecipeError(
+            f"recipe {path}: graphs: {DEVICE_LOOP!r} continues a {DECODER!r} of dialect 'ort': name both, "
+            f"got {graphs!r} of dialect {values['dialect']!r}"
+        )
     return tuple(graphs)
+
+
+def _activations(path: Path, values: dict[str, Any]) -> str:
+    """What is computed with: a floating-point precision says it, a quantised one leaves the choice."""
+    precision = values["precision"]
+    activations: str = values.get("activations", FLOAT_PRECISIONS.get(precision, "float32"))
+    _check_member(path, "activations", activations, ACTIVATIONS)
+    if FLOAT_PRECISIONS.get(precision, activations) != activations:
+        raise RecipeError(
+            f"recipe {path}: precision {precision!r} computes with {FLOAT_PRECISIONS[precision]}, got activations "
+            f"{activations!r}; leave it out"
+        )
+    if activations != "float32" and values["dialect"] != "ort":
+        raise RecipeError(f"recipe {path}: activations {activations!r} need dialect 'ort', got {values['dialect']!r}")
+    if activations != "float32" and FULL_SEQUENCE in values["graphs"]:
+        raise RecipeError(f"recipe {path}: activations {activations!r} need a {DECODER!r}; leave {FULL_SEQUENCE!r} out")
+    return activations
 
 
 def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -150,17 +179,26 @@ def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         _check_member(path, "overrides", projection, PROJECTIONS)
     forms["overrides"] = {name: _form(path, f"overrides.{name}", value) for name, value in overrides.items()}
     given = [key for key in ("quantization", "embedding", "overrides") if forms.get(key)]
-    if values["precision"] == "fp32" and given:
-        raise RecipeError(f"recipe {path}: precision 'fp32' rounds nothing, got [{given[0]}]; leave it out")
-    if values["precision"] != "fp32" and "quantization" not in forms:
+    quantised = values["precision"] not in FLOAT_PRECISIONS
+    if not quantised and given:
+        raise RecipeError(
+            f"recipe {path}: precision {values['precision']!r} quantises nothing, got [{given[0]}]; leave it out"
+        )
+    if quantised and "quantization" not in forms:
         raise RecipeError(f"recipe {path}: precision {values['precision']!r} needs a [quantization]")
-    if values["precision"] != "fp32" and values["precision"] != f"int{forms['quantization'].bits}":
+    if quantised and values["precision"] != f"int{forms['quantization'].bits}":
         bits = forms["quantization"].bits
         raise RecipeError(
             f"recipe {path}: precision {values['precision']!r} but quantization.bits {bits}: make them agree"
         )
-    if values["precision"] != "fp32" and values["dialect"] != "ort":
+    if quantised and values["dialect"] != "ort":
         raise RecipeError(f"recipe {path}: quantisation needs dialect 'ort', got {values['dialect']!r}")
+    every = [*forms["overrides"].values(), *(forms[key] for key in ("quantization", "embedding") if key in forms)]
+    if _activations(path, values) != "float32" and any(form.accuracy_level == INT8_ACTIVATIONS for form in every):
+        raise RecipeError(
+            f"recipe {path}: accuracy_level {INT8_ACTIVATIONS} rounds activations to 8 bits, and activations are "
+            f"{values['activations']!r}; use accuracy_level 0"
+        )
     if "embedding" in forms and not forms["embedding"].symmetric:
         raise RecipeError(f"recipe {path}: embedding.symmetric must be true: one table serves lookup and product")
     return forms

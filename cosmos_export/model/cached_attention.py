@@ -17,17 +17,17 @@ from cosmos_export.model.rope import RotaryTable, rotate
 class CachedAttention:
     """An `Attend` for T new tokens of every row on top of those in the cache.
 
-    `attention_mask` (B, N) is 1 where a row has a token, the new ones included, with padding on the right; `cache` is
-    key and value (B, K, L, E) of every layer, and holds the new ones after the call. A row's new tokens are its last
-    ones; in a prefill of unequal rows they start at 0, and what lies beyond a row's end is overwritten later.
+    `lengths` (B,) int64 is how many tokens a row has, the `length` new ones included, with padding on the right;
+    `cache` is key and value (B, K, L, E) of every layer, and holds the new ones after the call. A row's new tokens are
+    its last ones; in a prefill of unequal rows they start at 0, and what lies beyond a row's end is overwritten later.
     """
 
-    def __init__(self, rotary: RotaryTable, attention_mask: Tensor, length: int, cache: Sequence[Tensor]) -> None:
+    def __init__(self, rotary: RotaryTable, lengths: Tensor, length: int, cache: Sequence[Tensor]) -> None:
         self.head_dim, self.cache = rotary.head_dim, list(cache)
-        first = (attention_mask.sum(1) - length).clamp(min=0)  # (B,): where a row's new tokens begin
-        self.positions = first[:, None] + torch.arange(length, device=attention_mask.device)  # (B, T)
+        first = (lengths - length).clamp(min=0)  # (B,): where a row's new tokens begin
+        self.positions = first[:, None] + torch.arange(length, device=lengths.device)  # (B, T)
         self.cos, self.sin = rotary.cos[self.positions], rotary.sin[self.positions]  # (B, T, E/2)
-        places = torch.arange(self.cache[0].shape[2], device=attention_mask.device)  # (L,)
+        places = torch.arange(self.cache[0].shape[2], device=lengths.device)  # (L,)
         self.allowed = (places <= self.positions[..., None])[:, None]  # (B, 1, T, L): nothing after the query
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

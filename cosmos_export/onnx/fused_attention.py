@@ -21,16 +21,21 @@ HEAD_DIM_MULTIPLE = 16
 class FusedAttention:
     """An `Attend` for tracing: puts the operator into the graph, one a layer; `cache` then holds its outputs.
 
-    `attention_mask` (B, N) is 1 where a row has a token, with padding on the right; `cache` is key and value
-    (B, K, L, E) of every layer. Where a caller binds a cache's input and output to one buffer, it is written in place.
+    `last_index` (B,) int32 is a row's tokens less one, the new ones included, with padding on the right; `total` ()
+    int32 the longest row's tokens; `cache` is key and value (B, K, L, E) of every layer. Where a caller binds a cache's
+    input and output to one buffer, it is written in place. The rotary table must have the type that queries have.
     """
 
     def __init__(
-        self, config: CosmosAdvancedConfig, rotary: RotaryTable, attention_mask: Tensor, cache: Sequence[Tensor]
+        self,
+        config: CosmosAdvancedConfig,
+        rotary: RotaryTable,
+        last_index: Tensor,
+        total: Tensor,
+        cache: Sequence[Tensor],
     ) -> None:
         self.config, self.rotary, self.cache = config, rotary, list(cache)
-        self.last_index = (attention_mask.sum(1) - 1).to(torch.int32)  # (B,): "seqlens_k", a row's tokens less one
-        self.total = torch.full((), attention_mask.shape[1], dtype=torch.int32, device=attention_mask.device)
+        self.last_index, self.total = last_index, total
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query (B, T, H*E), key and value (B, T, K*E) to (B, T, H*E)."""

@@ -46,14 +46,41 @@ class DecoderProgram(nn.Module):
         attend = self._attention(input_ids, attention_mask, cache)
         hidden = self.model.hidden_states(input_ids, attend)  # (B, T, D)
         wanted = _pick(hidden, attention_mask, logit_offsets)  # (B, n, D)
-        return (self.model.logits(wanted), *attend.cache)
+        return (self.model.logits(wanted).to(torch.float32), *attend.cache)
 
     def _attention(
         self, input_ids: Tensor, attention_mask: Tensor, cache: list[Tensor]
     ) -> FusedAttention | CachedAttention:
+        lengths = attention_mask.sum(1)
+        if not self.fused:
+            return CachedAttention(self.model.rope, lengths, input_ids.shape[1], cache)
+        total = torch.full((), attention_mask.shape[1], dtype=torch.int32, device=attention_mask.device)
+        return FusedAttention(self.model.config, self.model.rope, (lengths - 1).to(torch.int32), total, cache)
+
+
+class DecoderByLengthsProgram(nn.Module):
+    """The same decoder, told lengths instead of a mask: what a loop on a device steps with.
+
+    Inputs: input_ids (B, T); last_index (B,) int32, a row's tokens less one, the new ones included, padding on the
+    right; total_length () int32, the longest row's tokens; logit_rows (n,), which rows of the hidden states (B * T, D)
+    get logits; then key and value cache (B, K, L, E) of every layer. Outputs: logits (n, V), then the caches.
+    Nothing here computes a shape or reads a mask, so every operator of the graph is one of the device's own.
+    """
+
+    def __init__(self, model: CosmosBackbone, *, fused: bool) -> None:
+        super().__init__()
+        self.model, self.fused = model, fused
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        input_ids, last_index, total_length, logit_rows, *cache = inputs
+        attend: FusedAttention | CachedAttention
         if self.fused:
-            return FusedAttention(self.model.config, self.model.rope, attention_mask, cache)
-        return CachedAttention(self.model.rope, attention_mask, input_ids.shape[1], cache)
+            attend = FusedAttention(self.model.config, self.model.rope, last_index, total_length, cache)
+        else:
+            attend = CachedAttention(self.model.rope, last_index.to(torch.int64) + 1, input_ids.shape[1], cache)
+        hidden = self.model.hidden_states(input_ids, attend)  # (B, T, D)
+        wanted = F.embedding(logit_rows, hidden.flatten(0, 1))  # (n, D): a Gather of whole rows
+        return (self.model.logits(wanted).to(torch.float32), *attend.cache)
 
 
 def _pick(hidden: Tensor, attention_mask: Tensor, offsets: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ BATCH, SEQUENCE, TOTAL_SEQUENCE, CACHE_LENGTH, NUM_LOGITS = (
 
 # Inputs and outputs; the decoder's are those that onnxruntime-genai looks for.
 INPUT_IDS, ATTENTION_MASK, LOGIT_OFFSETS, LOGITS = "input_ids", "attention_mask", "logit_offsets", "logits"
+LAST_INDEX, TOTAL_LENGTH, LOGIT_ROWS = "last_index", "total_length", "logit_rows"
 PAST, PRESENT = "past_key_values.{layer}.{part}", "present.{layer}.{part}"
 
 # Inputs that may be left out, and what they are then. The decoder's logits are those of the last position.
@@ -49,11 +50,21 @@ def weights_file(graph: str) -> str:
     return f"{graph_file(graph)}.data"
 
 
-def graph_spec(graph: str, config: CosmosAdvancedConfig, opset: int) -> GraphSpec:
-    """Signature of one of a recipe's graphs. Raises ExportError for a graph that this version does not know."""
-    if graph not in _SIGNATURES:
-        raise ExportError(f"no signature for a graph {graph!r}; there is: {', '.join(_SIGNATURES)}")
-    inputs, outputs = _SIGNATURES[graph](config)
+def graph_spec(
+    graph: str, config: CosmosAdvancedConfig, opset: int, *, activations: str = "float32", by_lengths: bool = False
+) -> GraphSpec:
+    """Signature of one of a recipe's graphs, whose cache has the type `activations`.
+
+    `by_lengths` is the decoder of a device loop: told lengths instead of a mask, logits (n, V) of chosen rows.
+    Raises ExportError for a graph that this version does not know.
+    """
+    if graph not in (FULL_SEQUENCE, DECODER):
+        raise ExportError(f"no signature for a graph {graph!r}; there is: {FULL_SEQUENCE}, {DECODER}")
+    inputs, outputs = _full_sequence(config)
+    if graph == DECODER:
+        inputs, outputs = _decoder_by_lengths(config) if by_lengths else _decoder(config)
+        past, present = _cache(config, activations)
+        inputs, outputs = [*inputs, *past], [*outputs, *present]
     return GraphSpec(file=graph_file(graph), opset=opset, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
@@ -71,19 +82,31 @@ def _decoder(config: CosmosAdvancedConfig) -> tuple[list[TensorSpec], list[Tenso
         TensorSpec(ATTENTION_MASK, Role.ATTENTION_MASK, "int64", (BATCH, TOTAL_SEQUENCE)),
         TensorSpec(LOGIT_OFFSETS, Role.LOGIT_OFFSETS, "int64", (NUM_LOGITS,)),
     ]
-    outputs = [TensorSpec(LOGITS, Role.LOGITS, "float32", (BATCH, NUM_LOGITS, config.vocab_size))]
-    cache = (BATCH, config.n_kv_heads, CACHE_LENGTH, config.head_dim)
+    return inputs, [TensorSpec(LOGITS, Role.LOGITS, "float32", (BATCH, NUM_LOGITS, config.vocab_size))]
+
+
+def _decoder_by_lengths(config: CosmosAdvancedConfig) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    inputs = [
+        TensorSpec(INPUT_IDS, Role.TOKENS, "int64", (BATCH, SEQUENCE)),
+        TensorSpec(LAST_INDEX, Role.LAST_INDEX, "int32", (BATCH,)),
+        TensorSpec(TOTAL_LENGTH, Role.TOTAL_LENGTH, "int32", ()),
+        TensorSpec(LOGIT_ROWS, Role.LOGIT_ROWS, "int64", (NUM_LOGITS,)),
+    ]
+    return inputs, [TensorSpec(LOGITS, Role.LOGITS, "float32", (NUM_LOGITS, config.vocab_size))]
+
+
+def _cache(config: CosmosAdvancedConfig, dtype: str) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Past and present, key and value, of every layer."""
+    shape = (BATCH, config.n_kv_heads, CACHE_LENGTH, config.head_dim)
+    past, present = [], []
     for layer in range(config.n_layers):
-        for part, past, present in (
+        for part, old, new in (
             ("key", Role.PAST_KEY, Role.PRESENT_KEY),
             ("value", Role.PAST_VALUE, Role.PRESENT_VALUE),
         ):
-            inputs.append(TensorSpec(PAST.format(layer=layer, part=part), past, "float32", cache))
-            outputs.append(TensorSpec(PRESENT.format(layer=layer, part=part), present, "float32", cache))
-    return inputs, outputs
-
-
-_SIGNATURES = {FULL_SEQUENCE: _full_sequence, DECODER: _decoder}
+            past.append(TensorSpec(PAST.format(layer=layer, part=part), old, dtype, shape))
+            present.append(TensorSpec(PRESENT.format(layer=layer, part=part), new, dtype, shape))
+    return past, present
 
 
 def stored_transposed(name: str) -> str:

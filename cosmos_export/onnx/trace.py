@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ExportError
 from cosmos_export.model.decoder import CosmosDecoder
-from cosmos_export.onnx.programs import DecoderProgram, FullSequenceProgram
+from cosmos_export.model.loading import skeleton
+from cosmos_export.onnx.programs import DecoderByLengthsProgram, DecoderProgram, FullSequenceProgram
 from cosmos_export.onnx.signature import BATCH, CACHE_LENGTH, DEFAULT_INPUTS, NUM_LOGITS, SEQUENCE, TOTAL_SEQUENCE
-from cosmos_runtime import DECODER, GraphSpec, TensorSpec
+from cosmos_runtime import DECODER, GraphSpec, Role, TensorSpec
 
 # Sizes to trace with: no two alike, so that none is taken for another, and none 1, which torch.export would take for a
 # constant.
@@ -39,8 +41,7 @@ def trace(model: CosmosDecoder, graph: str, spec: GraphSpec, *, fused_attention:
     Initializers are left without values; `cosmos_export.onnx.weights` gives them theirs.
     Raises ExportError when the model cannot be traced with its axes dynamic.
     """
-    module = DecoderProgram(model, fused=fused_attention) if graph == DECODER else FullSequenceProgram(model)
-    program = _export(module, spec, model.config.max_sequence_length)
+    program = _export(_program(model, graph, spec, fused_attention), spec, model.config.max_sequence_length)
     with _quiet():
         onnx_program = torch.onnx.export(
             program,
@@ -61,6 +62,24 @@ def trace(model: CosmosDecoder, graph: str, spec: GraphSpec, *, fused_attention:
     _name_axes(traced, spec)
     _add_defaults(traced)
     return traced
+
+
+def traceable(
+    config: CosmosAdvancedConfig, activations: str, *, causal: bool = True, fused_attention: bool = False
+) -> CosmosDecoder:
+    """A skeleton that computes in the type `activations`, for `trace`."""
+    dtype = getattr(torch, activations)
+    model = skeleton(config, causal=causal).to(dtype)
+    if fused_attention:  # which wants the rotary tables in the type of its queries
+        model.rope.rebuild(torch.device("meta"), dtype)
+    return model
+
+
+def _program(model: CosmosDecoder, graph: str, spec: GraphSpec, fused: bool) -> nn.Module:
+    if graph != DECODER:
+        return FullSequenceProgram(model)
+    by_lengths = any(tensor.role == Role.LAST_INDEX for tensor in spec.inputs)
+    return DecoderByLengthsProgram(model, fused=fused) if by_lengths else DecoderProgram(model, fused=fused)
 
 
 def _export(program: nn.Module, spec: GraphSpec, limit: int) -> torch.export.ExportedProgram:

@@ -6,10 +6,14 @@ Nothing is held: a tensor is mapped from the checkpoint, converted, written and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
+import ml_dtypes
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cosmos_export.checkpoint import Checkpoint
@@ -20,12 +24,15 @@ from cosmos_export.onnx.quantize import QuantizedMatrix, dequantize, quantize
 from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, QuantizedPart, parts_of, quantized_part, source_of
 from cosmos_export.recipe import ExportRecipe
 
+_STORED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.UINT8)
+
 
 class WeightReader:
     """What each initializer of a graph has to hold: what export writes and verification compares with."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: ExportRecipe) -> None:
         self.checkpoint, self.recipe = checkpoint, recipe
+        self.dtype: torch.dtype = getattr(torch, recipe.activations)
         self._last: tuple[str, QuantizedMatrix] | None = None
 
     def read(self, initializer: str) -> Tensor:
@@ -36,21 +43,37 @@ class WeightReader:
         source, transposed = source_of(initializer)
         if source in (ROTARY_COS, ROTARY_SIN):
             return self._rotary(source)
-        matrix = self._matrix(source)
+        matrix = self._rounded(source, self._matrix(source))
         return (matrix.T if transposed else matrix).contiguous()
 
     def effective(self, source: str) -> Tensor:
         """The float32 values of a checkpoint tensor that the graph computes with: rounded where the recipe rounds."""
         form = self.recipe.form_of(source)
         matrix = self._matrix(source)
-        return matrix if form is None else dequantize(quantize(matrix, form), matrix.shape[1], form)
+        if form is None:
+            return self._rounded(source, matrix).to(torch.float32)
+        stored = quantize(matrix, form)
+        stored = replace(stored, scales=self._rounded(source, stored.scales).to(torch.float32))
+        return dequantize(stored, matrix.shape[1], form)
 
     def _matrix(self, source: str) -> Tensor:
         return torch.cat([self.checkpoint.tensor(part).to(torch.float32) for part in parts_of(source)])
 
+    def _rounded(self, source: str, values: Tensor) -> Tensor:
+        """Float32 `values` in the type that is computed with. Raises ExportError where they are beyond its range."""
+        rounded = values.to(self.dtype)
+        if self.dtype == torch.float16 and bool((rounded.isinf() & values.isfinite()).any()):
+            raise ExportError(
+                f"{source} has values up to {values.abs().max():.3g}, and float16 ends at "
+                f"{torch.finfo(self.dtype).max:g}; use a recipe with float32 or bfloat16 activations"
+            )
+        return rounded
+
     def _rotary(self, source: str) -> Tensor:
         config = self.checkpoint.config
-        cos, sin = rotary_tables(config.head_dim, config.rope_theta, config.max_sequence_length, torch.float32)
+        # The fused operator wants the tables in the type of its queries; standard operators turn them in float32.
+        dtype = self.dtype if self.recipe.fuses_attention(config) else torch.float32
+        cos, sin = rotary_tables(config.head_dim, config.rope_theta, config.max_sequence_length, dtype)
         return cos if source == ROTARY_COS else sin
 
     def _quantized_part(self, source: str, part: QuantizedPart) -> Tensor:
@@ -59,7 +82,8 @@ class WeightReader:
             form = self.recipe.form_of(source)
             if form is None:
                 raise ExportError(f"the graph holds {source} quantised, but recipe {self.recipe.name} does not say how")
-            self._last = (source, quantize(self._matrix(source), form))
+            quantized = quantize(self._matrix(source), form)
+            self._last = (source, replace(quantized, scales=self._rounded(source, quantized.scales)))
         tensor = getattr(self._last[1], part)
         if tensor is None:
             raise ExportError(f"{source} has no {part}: recipe {self.recipe.name} quantises it symmetrically")
@@ -79,6 +103,15 @@ def attach_weights(model: ir.Model, checkpoint: Checkpoint, recipe: ExportRecipe
 
 
 def _lazy(value: ir.Value, read: Callable[[], Tensor]) -> ir.LazyTensor:
-    if value.shape is None or value.dtype not in (ir.DataType.FLOAT, ir.DataType.UINT8):
-        raise ExportError(f"initializer {value.name}: expected float32 or uint8 of a known shape, got {value}")
-    return ir.LazyTensor(lambda: ir.tensor(read().numpy()), dtype=value.dtype, shape=value.shape, name=value.name)
+    if value.shape is None or value.dtype not in _STORED_TYPES:
+        known = "float32, float16, bfloat16 or uint8"
+        raise ExportError(f"initializer {value.name}: expected {known} of a known shape, got {value}")
+    return ir.LazyTensor(lambda: ir.tensor(as_array(read())), dtype=value.dtype, shape=value.shape, name=value.name)
+
+
+def as_array(tensor: Tensor) -> NDArray:
+    """The tensor as a numpy array that shares its memory; numpy knows bfloat16 through ml_dtypes only."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    shared: NDArray = tensor.view(torch.int16).numpy().view(np.dtype(ml_dtypes.bfloat16))
+    return shared

@@ -26,8 +26,9 @@ from cosmos_runtime import MANIFEST_NAME, Bundle, describe_file
 def arithmetic_of(recipe: ExportRecipe) -> Arithmetic:
     """What the products of a bundle of this recipe compute with."""
     forms = (recipe.quantization, recipe.embedding, *recipe.overrides.values())
-    rounds = any(form is not None and form.accuracy_level == INT8_ACTIVATIONS for form in forms)
-    return Arithmetic.INT8_ACTIVATIONS if rounds else Arithmetic.FLOAT32
+    if any(form is not None and form.accuracy_level == INT8_ACTIVATIONS for form in forms):
+        return Arithmetic.INT8_ACTIVATIONS
+    return Arithmetic(recipe.activations)
 
 
 @contextlib.contextmanager

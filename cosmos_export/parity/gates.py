@@ -18,6 +18,8 @@ class Arithmetic(StrEnum):
     """What a graph's products compute with, whatever the weights are stored as."""
 
     FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
     INT8_ACTIVATIONS = "int8 activations"
 
 
@@ -44,6 +46,18 @@ LOGIT_GATES = {
         "to differ by up to 2.5 times the eager error; 1e-5 of the range keeps a case whose eager error happens to be "
         "near zero from failing on one rounding. The smallest real fault that the mutation tests make is far above",
     ),
+    Arithmetic.FLOAT16: LogitGate(
+        eager_factor=4.0,
+        range_fraction=1e-3,
+        reason="both sides store every activation in 11 bits; kernels differ in what they keep in float32 between "
+        "(fused norms, attention, rotary tables rounded to float16), and in few positions the largest errors fall "
+        "differently: 1e-3 of the range, two roundings of the largest logit, keeps a small case from failing on that",
+    ),
+    Arithmetic.BFLOAT16: LogitGate(
+        eager_factor=4.0,
+        range_fraction=8e-3,
+        reason="as for float16, with 8 bits: two roundings of the largest logit are 8e-3 of the range",
+    ),
     Arithmetic.INT8_ACTIVATIONS: LogitGate(
         eager_factor=4.0,
         range_fraction=1e-5,
@@ -57,7 +71,7 @@ LOGIT_GATES = {
 
 @dataclass(frozen=True)
 class QualityGate:
-    """What rounding the weights (and activations) may cost against the unrounded float32 model, on its own text."""
+    """What rounding weights and activations may cost against the unrounded float32 model, on its own text."""
 
     mean_kl_divergence: float  # nats per token, at most
     top1_agreement: float  # share of tokens with the same best token, at least
@@ -65,6 +79,10 @@ class QualityGate:
 
 
 QUALITY_GATES = {
+    "fp16": QualityGate(
+        0.0005, 0.99, reason="11 bits of mantissa are next to nothing; best tokens change at near ties"
+    ),
+    "bf16": QualityGate(0.005, 0.97, reason="8 bits in weights and activations cost about what int8 does"),
     "int8": QualityGate(0.005, 0.985, reason="8 bits in small blocks should be hard to tell from float32"),
     "int4": QualityGate(0.05, 0.90, reason="4 bits cost something; more than this and text reads worse"),
 }

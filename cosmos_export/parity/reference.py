@@ -31,22 +31,27 @@ class EagerReference:
         # The weights are read, and where the recipe rounds them rounded, once: both models have the same.
         loaded = Checkpoint.from_tensors(checkpoint.config, self._eager.state_dict(), dict(checkpoint.origin))
         self._exact = load_decoder(loaded, causal=causal, dtype=torch.float64)
+        if recipe.activations != "float32":
+            self._half = load_decoder(loaded, causal=causal, dtype=getattr(torch, recipe.activations))
 
     def exact(self, input_ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Logits (B, T, V) of ids (B, T), all arithmetic in float64."""
         return _run(self._exact, input_ids)
 
     def eager(self, input_ids: NDArray[np.int64], arithmetic: Arithmetic = Arithmetic.FLOAT32) -> NDArray[np.float32]:
-        """Logits (B, T, V) of ids (B, T) as PyTorch computes them in float32, or with activations rounded besides."""
+        """Logits (B, T, V) of ids (B, T) as PyTorch computes them in that arithmetic; int8 activations in float32."""
         if arithmetic is Arithmetic.FLOAT32:
             return _run(self._eager, input_ids)
+        if arithmetic is not Arithmetic.INT8_ACTIVATIONS:
+            return _run(self._half, input_ids)
         with _rounded_activations(self._eager, self._recipe):
             return _run(self._eager, input_ids)
 
 
 @torch.inference_mode()
 def _run(model: torch.nn.Module, input_ids: NDArray[np.int64]) -> NDArray:
-    return model(torch.from_numpy(input_ids)).numpy()
+    logits = model(torch.from_numpy(input_ids))
+    return (logits if logits.dtype == torch.float64 else logits.float()).numpy()
 
 
 @contextlib.contextmanager

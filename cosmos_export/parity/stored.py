@@ -17,7 +17,7 @@ import onnx_ir as ir
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.loading import skeleton
 from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, parts_of, quantized_part, source_of
-from cosmos_export.onnx.weights import WeightReader
+from cosmos_export.onnx.weights import WeightReader, as_array
 from cosmos_export.recipe import ExportRecipe
 
 
@@ -55,7 +55,7 @@ def _compared(model: ir.Model, reader: WeightReader, wanted: set[str]) -> Iterat
         source, _ = source_of(quantized_part(name)[0])
         parts = parts_of(source)
         if set(parts) <= wanted and value.const_value is not None:
-            problem = _difference(name, value.const_value.numpy(), reader.read(name).numpy())
+            problem = _difference(name, value.const_value.numpy(), as_array(reader.read(name)))
             yield from ((part, problem) for part in parts)
 
 

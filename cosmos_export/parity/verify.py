@@ -17,7 +17,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.parity import metrics
 from cosmos_export.parity.arithmetic import arithmetic_of, float32_activations
 from cosmos_export.parity.cases import Case, build_cases
-from cosmos_export.parity.gates import LOGIT_GATES, Arithmetic, LogitGate, judge
+from cosmos_export.parity.gates import LOGIT_GATES, QUALITY_GATES, Arithmetic, LogitGate, judge
 from cosmos_export.parity.quality import measure_quality, rows_of_text
 from cosmos_export.parity.reference import EagerReference
 from cosmos_export.parity.report import CaseResult, Measurement, ParityReport
@@ -25,7 +25,7 @@ from cosmos_export.parity.stepwise import ragged_case, ragged_logits, stepwise_c
 from cosmos_export.parity.stored import compare_stored
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
-from cosmos_runtime import DECODER, Session, load
+from cosmos_runtime import DECODER, SAMPLER, Session, load
 
 # Where errors are looked at: a fault at the first or last position must not hide behind the others' larger range.
 _POSITIONS = {"all": slice(None), "first": slice(0, 1), "last": slice(-1, None)}
@@ -69,7 +69,8 @@ def verify_bundle(
     manifest = session.manifest
     recipe = ExportRecipe.from_manifest(manifest.recipe)
     progress.stage("Comparing stored tensors")
-    graphs = [session.bundle.file(spec.file) for spec in manifest.graphs.values()]
+    models = [spec for name, spec in manifest.graphs.items() if not name.startswith(f"{SAMPLER}.")]  # those have none
+    graphs = [session.bundle.file(spec.file) for spec in models]
     stored = [compare_stored(graph, checkpoint, recipe) for graph in graphs]
     progress.stage("Loading the float64 reference")
     reference = EagerReference(recipe.as_computed(checkpoint), recipe, causal=causal)
@@ -80,7 +81,7 @@ def verify_bundle(
     with _sessions(session, recipe, provider) as sessions:
         results = _run(sessions, trials, reference, progress)
     quality = None
-    if recipe.quantization is not None or text is not None:
+    if recipe.precision in QUALITY_GATES or text is not None:
         progress.stage("Comparing with the model before rounding")
         rows = None if text is None else rows_of_text(session, text)
         quality = measure_quality(session, checkpoint, rows, causal=causal)
@@ -102,7 +103,7 @@ def verify_bundle(
 def _sessions(session: Session, recipe: ExportRecipe, provider: str) -> Iterator[dict[Arithmetic, Session]]:
     """The session as it is and, where it rounds activations, the same bytes without that."""
     arithmetic = arithmetic_of(recipe)
-    if arithmetic is Arithmetic.FLOAT32:
+    if arithmetic is not Arithmetic.INT8_ACTIVATIONS:
         yield {arithmetic: session}
         return
     with float32_activations(session.bundle.path) as copy:

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import numpy.typing as npt
 
 from cosmos_runtime.arrays import Floats
 from cosmos_runtime.batch_decoding import BatchDecoder, new_batch_decoder
 from cosmos_runtime.continuation import Continuation
+from cosmos_runtime.device_loop import DeviceLoop, DeviceLoops
 from cosmos_runtime.errors import CosmosRuntimeError, InputError
-from cosmos_runtime.generation import new_continuation
+from cosmos_runtime.generation import loops_for, new_continuation
 from cosmos_runtime.sampling import Sampling
 from cosmos_runtime.session import Session
 
@@ -21,13 +23,14 @@ def generate_batch(
     min_new_tokens: int = 0,
     sampling: Sampling | Sequence[Sampling] | None = None,
     stop_ids: Sequence[int] = (),
+    device_loop: bool | None = None,
 ) -> "BatchGeneration":
     """Continue several prompts, each the token ids (T,) of its row; a row's answer is the one it gets alone.
 
     `sampling` is one for all rows (a seed in it is every row's: equal prompts then get equal answers) or one a row.
     The rest is as in `generate`; rows end independently.
 
-    Raises: InputError for a bad prompt (naming its row), length or stop id.
+    Raises: InputError for a bad prompt (naming its row), length or stop id, or as `generate` does for `device_loop`.
     """
     choices = _one_a_row(sampling, len(prompts))
     rows = []
@@ -44,6 +47,8 @@ def generate_batch(
         except InputError as error:
             raise InputError(f"row {row}: {error}") from error
         rows.append(continuation)
+    if rows and (loops := loops_for(session, rows, device_loop)):
+        return DeviceBatchGeneration(session, rows, loops)
     return BatchGeneration(session, rows)
 
 
@@ -59,9 +64,9 @@ class BatchGeneration(Iterator[list[tuple[int, int]]]):
         self._decoder: BatchDecoder | None = None
 
     def __next__(self) -> list[tuple[int, int]]:
-        chosen = [(row, self.rows[row].choose(logits)) for row, logits in self._next_logits()]
+        chosen = self._choose()
         if not self._running():
-            self._decoder = None
+            self._free()
         step = [(row, token) for row, token in chosen if token is not None]
         if not step:
             raise StopIteration
@@ -83,6 +88,13 @@ class BatchGeneration(Iterator[list[tuple[int, int]]]):
     def close(self) -> None:
         """End every row, and free the cache."""
         self.stop()
+        self._free()
+
+    def _choose(self) -> list[tuple[int, int | None]]:
+        """Rows that go on, with their next tokens; None for one that ends instead."""
+        return [(row, self.rows[row].choose(logits)) for row, logits in self._next_logits()]
+
+    def _free(self) -> None:
         self._decoder = None
 
     def _running(self) -> list[int]:
@@ -107,6 +119,31 @@ class BatchGeneration(Iterator[list[tuple[int, int]]]):
         capacity = max(self.rows[row].capacity for row in running)
         decoder = self._decoder = new_batch_decoder(self._session, len(self.rows), capacity)
         return [(row, decoder.prefill(row, self.rows[row].prompt_ids)) for row in running]
+
+
+class DeviceBatchGeneration(BatchGeneration):
+    """A batch whose tokens a device loop chooses; the buffers are given back at its end, or by `close`."""
+
+    def __init__(self, session: Session, rows: Sequence[Continuation], loops: DeviceLoops) -> None:
+        super().__init__(session, rows)
+        self._loops: DeviceLoops | None = loops
+        self._loop: DeviceLoop | None = None
+        self._steps: Iterator[npt.NDArray[np.int64]] | None = None
+
+    def _choose(self) -> list[tuple[int, int | None]]:
+        running = self._running()
+        if not running or self._loops is None:
+            return []
+        if self._steps is None:
+            self._loop = self._loops.start(self.rows)
+            self._steps = self._loop.steps()
+        tokens = next(self._steps)
+        return [(row, self.rows[row].keep(int(tokens[row]))) for row in running]
+
+    def _free(self) -> None:
+        if self._loop is not None:
+            self._loop.close()
+        self._loop = self._steps = self._loops = None
 
 
 def _one_a_row(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sequence[Sampling | None]:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cosmos_runtime.errors import CosmosRuntimeError
-from cosmos_runtime.providers import first_line
+from cosmos_runtime.errors import CosmosRuntimeError, first_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -19,6 +18,9 @@ Array: TypeAlias = npt.NDArray[Any]
 
 HOST = "cpu"
 LOG_FATAL_ONLY = 4
+
+# onnx.TensorProto.BFLOAT16
+BFLOAT16 = 16
 
 
 class Memory(NamedTuple):
@@ -56,10 +58,18 @@ class GraphBinding:
 
     def bind_in_place(self, source: str, target: str, memory: Memory) -> None:
         """Read input `source` from, and write output `target` into, the same memory."""
-        self._owners[source] = self._owners[target] = memory.owner
-        where = (memory.device, 0, np.dtype(memory.dtype).type, memory.shape, memory.address)
-        self._binding.bind_input(source, *where)
-        self._binding.bind_output(target, *where)
+        self.bind_input_memory(source, memory)
+        self.bind_output_memory(target, memory)
+
+    def bind_input_memory(self, name: str, memory: Memory) -> None:
+        """Read `name` from a place on the device; what lies there at a run is what counts."""
+        self._owners[name] = memory.owner
+        self._binding.bind_input(name, *_where(memory))
+
+    def bind_output_memory(self, name: str, memory: Memory) -> None:
+        """Write `name` into a place on the device."""
+        self._owners[name] = memory.owner
+        self._binding.bind_output(name, *_where(memory))
 
     def run(self) -> None:
         """Compute. Raises: CosmosRuntimeError where ONNX Runtime fails."""
@@ -72,9 +82,57 @@ class GraphBinding:
             raise CosmosRuntimeError(f"{self._place}: ONNX Runtime failed: {first_line(error)}") from error
         self.graph_seconds += time.perf_counter() - start
 
+    def enqueue(self, options: "onnxruntime.RunOptions") -> None:
+        """Have the device compute after what it has to do already, and return. Raises: CosmosRuntimeError.
+
+        Only for bindings to the device's own memory; `options` say so (see `device_run_options`).
+        """
+        try:
+            self._inference.run_with_iobinding(self._binding, options)
+        except Exception as error:  # ONNX Runtime's errors have no common base class
+            raise CosmosRuntimeError(f"{self._place}: ONNX Runtime failed: {first_line(error)}") from error
+
     def cancel(self) -> None:
         """Make the run in progress, if any, and every later one fail at once; may be called from another thread."""
         self._options.terminate = True
+
+
+def element_type(dtype: str) -> Any:
+    """What ONNX Runtime calls a type of the manifest: numpy's, or its own number for the one that numpy has not."""
+    return BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
+
+
+def item_size(dtype: str) -> int:
+    """Bytes of one element of a type of the manifest."""
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def allocate(shape: tuple[int, ...], dtype: str, device: str) -> "onnxruntime.OrtValue":
+    """Memory for a tensor of a type of the manifest, with anything in it. Raises: CosmosRuntimeError without room."""
+    from onnxruntime import OrtValue
+
+    try:
+        return OrtValue.ortvalue_from_shape_and_type(list(shape), element_type(dtype), device, 0)
+    except Exception as error:  # ONNX Runtime's errors have no common base class
+        raise CosmosRuntimeError(
+            f"{device} has no room for {int(np.prod(shape)) * item_size(dtype):,} more bytes; ask for fewer tokens or "
+            f"rows, or free memory there"
+        ) from error
+
+
+def device_run_options(graph_id: int) -> "onnxruntime.RunOptions":
+    """Options of runs that are not waited for; runs of one `graph_id` are captured once and then replayed, -1 never."""
+    from onnxruntime import RunOptions
+
+    options = RunOptions()
+    options.log_severity_level = LOG_FATAL_ONLY
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
+
+
+def _where(memory: Memory) -> tuple[Any, ...]:
+    return memory.device, 0, element_type(memory.dtype), memory.shape, memory.address
 
 
 def _run_options() -> "onnxruntime.RunOptions":

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cosmos_runtime.binding import HOST, GraphBinding, Memory
+from cosmos_runtime.binding import HOST, GraphBinding, Memory, allocate, item_size
+from cosmos_runtime.device_stream import HostStream, Stream
 from cosmos_runtime.manifest import GraphSpec, Role, TensorSpec
 
 if TYPE_CHECKING:
@@ -27,10 +28,11 @@ class KeyValueCache:
     many of its L places hold a token is the attention mask's affair: forgetting tokens is passing a shorter mask.
     """
 
-    def __init__(self, graph: GraphSpec, batch: int, length: int, device: str) -> None:
-        self.batch, self.length, self.device = batch, length, device
+    def __init__(self, graph: GraphSpec, batch: int, length: int, stream: Stream | None = None) -> None:
+        self.batch, self.length, self._stream = batch, length, stream or HostStream()
+        self.device = self._stream.device
         self._pairs = cache_pairs(graph)
-        self._values = [_allocate(_shape(past, batch, length), past.dtype, device) for past, _ in self._pairs]
+        self._values = [self._zeros(past) for past, _ in self._pairs]
 
     @property
     def size(self) -> int:
@@ -42,13 +44,26 @@ class KeyValueCache:
         """Where each buffer lies in its device's memory, in the order of the graph's inputs."""
         return [int(value.data_ptr()) for value in self._values]
 
-    def bind(self, binding: GraphBinding, row: int | None = None) -> None:
-        """Bind every buffer as past and present at once; with `row`, that row alone, as a batch of one."""
-        batch, first = (self.batch, 0) if row is None else (1, row)
+    def bind(self, binding: GraphBinding, row: int | None = None, rows: int = 1) -> None:
+        """Bind every buffer as past and present at once; with `row`, that one and those behind it, `rows` in all."""
+        batch, first = (self.batch, 0) if row is None else (rows, row)
         for (past, present), address in zip(self._pairs, self.addresses, strict=True):
             start = address + first * _bytes(past, 1, self.length)
             memory = Memory(self.device, past.dtype, _shape(past, batch, self.length), start, owner=self)
             binding.bind_in_place(past.name, present.name, memory)
+
+    def _zeros(self, past: TensorSpec) -> "onnxruntime.OrtValue":
+        """Zeros: a place that holds no token yet is weighted with 0, which NaN would survive."""
+        from onnxruntime import OrtValue
+
+        shape = _shape(past, self.batch, self.length)
+        if (
+            self.device == HOST and past.dtype != "bfloat16"
+        ):  # which the system hands out when they are first written to
+            return OrtValue.ortvalue_from_numpy(np.zeros(shape, past.dtype))
+        value = allocate(shape, past.dtype, self.device)
+        self._stream.clear(value.data_ptr(), _bytes(past, self.batch, self.length))
+        return value
 
 
 def cache_pairs(graph: GraphSpec) -> list[tuple[TensorSpec, TensorSpec]]:
@@ -76,12 +91,4 @@ def _shape(past: TensorSpec, batch: int, length: int) -> tuple[int, ...]:
 
 
 def _bytes(past: TensorSpec, batch: int, length: int) -> int:
-    return int(np.prod(_shape(past, batch, length))) * np.dtype(past.dtype).itemsize
-
-
-def _allocate(shape: tuple[int, ...], dtype: str, device: str) -> "onnxruntime.OrtValue":
-    from onnxruntime import OrtValue
-
-    if device == HOST:  # zeros that the system hands out when they are first written to
-        return OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
-    return OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, device, 0)
+    return int(np.prod(_shape(past, batch, length))) * item_size(past.dtype)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, SupportsIndex, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from cosmos_runtime.arrays import Floats, TokenIds
 from cosmos_runtime.errors import InputError
@@ -69,13 +70,26 @@ class Continuation:
         """Number of tokens of prompt and answer."""
         return len(self.prompt) + len(self.tokens)
 
+    @property
+    def limits(self) -> Limits:
+        """When it ends."""
+        return self._limits
+
+    def uniforms(self) -> npt.NDArray[np.float64]:
+        """The numbers in [0, 1) that the remaining tokens are drawn with, as `choose` would draw them one by one."""
+        return self._rng.random(self.capacity - self.length)
+
     def choose(self, logits: Floats) -> int | None:
         """Choose and keep the next token from its logits (V,); None where that, or `stop`, ended the answer."""
         limits = self._limits
         too_early = len(self.tokens) < limits.min_new_tokens
         excluded = tuple(limits.stop_ids) if too_early else ()
         token = sample(logits, self._history[: self.length], self.sampling, self._rng, excluded)
-        if token in limits.stop_ids:
+        return self.keep(token)
+
+    def keep(self, token: int) -> int | None:
+        """Keep the next token, chosen elsewhere; None where that, or `stop`, ended the answer."""
+        if token in self._limits.stop_ids:
             self.stop()
         if self.finish_reason is not None:
             return None

@@ -4,7 +4,7 @@ B  batch    T  new tokens    N  tokens in all    n  wanted positions    L  cache
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from cosmos_runtime.arrays import Floats, TokenIds
 from cosmos_runtime.binding import GraphBinding
 from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.cache import KeyValueCache, cache_length
+from cosmos_runtime.device_stream import HostStream, Stream
 from cosmos_runtime.manifest import GraphSpec, Role
 
 if TYPE_CHECKING:
@@ -25,12 +26,22 @@ CHUNK = 512
 class DecoderGraph:
     """A loaded decoder graph. It keeps no state: that is in the caches, one a request."""
 
-    def __init__(self, inference: "onnxruntime.InferenceSession", spec: GraphSpec, bundle: Bundle, device: str) -> None:
-        self.spec, self.device = spec, device
+    def __init__(
+        self, inference: "onnxruntime.InferenceSession", spec: GraphSpec, bundle: Bundle, stream: Stream | None = None
+    ) -> None:
+        self.spec, self.stream = spec, stream or HostStream()
         self._inference, self._place = inference, str(bundle.path)
-        self.tokens, self.mask = spec.input(Role.TOKENS).name, spec.input(Role.ATTENTION_MASK).name
-        self.offsets, self.logits = spec.input(Role.LOGIT_OFFSETS).name, spec.output(Role.LOGITS).name
+        self.tokens, self.logits = spec.input(Role.TOKENS).name, spec.output(Role.LOGITS).name
         self.vocab_size, self.max_sequence_length = bundle.manifest.vocab_size, bundle.manifest.max_sequence_length
+
+    @property
+    def by_lengths(self) -> bool:
+        """Whether it is told lengths instead of a mask, and gives logits (n, V) of chosen rows."""
+        return any(tensor.role == Role.LAST_INDEX for tensor in self.spec.inputs)
+
+    def new_feed(self, batch: int, length: int) -> "Feed":
+        """What tells the graph how long rows are, for a cache of `batch` rows and `length` places."""
+        return LengthFeed(self.spec, batch) if self.by_lengths else MaskFeed(self.spec, batch, length)
 
     def new_binding(self) -> GraphBinding:
         """Nothing bound yet."""
@@ -38,11 +49,15 @@ class DecoderGraph:
 
     def new_cache(self, batch: int, tokens: int) -> KeyValueCache:
         """A cache for `batch` rows of up to `tokens` tokens."""
-        return KeyValueCache(self.spec, batch, cache_length(tokens, self.max_sequence_length), self.device)
+        return KeyValueCache(self.spec, batch, cache_length(tokens, self.max_sequence_length), self.stream)
 
     def new_logits(self, batch: int, positions: int) -> Floats:
         """A buffer (B, n, V) of the graph's own type."""
         return np.empty((batch, positions, self.vocab_size), self.spec.output(Role.LOGITS).dtype)
+
+    def bind_logits(self, binding: GraphBinding, logits: Floats) -> None:
+        """Receive logits (B, n, V)."""
+        binding.bind_output(self.logits, logits.reshape(-1, self.vocab_size) if self.by_lengths else logits)
 
     def all_logits(self, ids: TokenIds) -> Floats:
         """Logits (B, T, V) of every position of ids (B, T), in a cache of their own."""
@@ -57,6 +72,75 @@ class DecoderGraph:
         return logits
 
 
+class Feed(Protocol):
+    """Binds the inputs that say where tokens stand and which positions get logits."""
+
+    def append(self, binding: GraphBinding, before: int, length: int, wanted: int) -> None:
+        """Every row gets `length` tokens behind its first `before`; logits of the last `wanted` of them."""
+        ...
+
+    def step(self, binding: GraphBinding, lengths: npt.NDArray[np.int64] | int) -> None:
+        """Every row gets one token, which its length (B,) counts in; an int for a batch of one."""
+        ...
+
+
+class MaskFeed:
+    """By an attention mask (B, N), and offsets from each row's end. Slices of arrays that are there already."""
+
+    def __init__(self, spec: GraphSpec, batch: int, length: int) -> None:
+        self._mask, self._offset = spec.input(Role.ATTENTION_MASK).name, spec.input(Role.LOGIT_OFFSETS).name
+        self._batch = batch
+        self._ones = np.ones(batch * length, np.int64)
+        self._offsets = np.arange(length - 1, -1, -1, dtype=np.int64)
+        self._places = np.arange(length)
+
+    def append(self, binding: GraphBinding, before: int, length: int, wanted: int) -> None:
+        """Every row gets `length` tokens behind its first `before`; logits of the last `wanted` of them."""
+        total = before + length
+        binding.bind_input(self._mask, self._ones[: self._batch * total].reshape(self._batch, total))
+        binding.bind_input(self._offset, self._offsets[-wanted:])
+
+    def step(self, binding: GraphBinding, lengths: npt.NDArray[np.int64] | int) -> None:
+        """Every row gets one token, which its length (B,) counts in; an int for a batch of one."""
+        binding.bind_input(self._mask, self._step_mask(lengths))
+
+    def _step_mask(self, lengths: npt.NDArray[np.int64] | int) -> npt.NDArray[np.int64]:
+        """(B, N): 1 for the tokens that a row has, N the longest row's."""
+        if isinstance(lengths, int):
+            return self._ones[None, :lengths]
+        return (self._places[: lengths.max()] < lengths[:, None]).astype(np.int64)
+
+
+class LengthFeed:
+    """By each row's last index (B,), the longest row's tokens, and numbers of rows of the hidden states (B * T, D)."""
+
+    def __init__(self, spec: GraphSpec, batch: int) -> None:
+        self._last, self._total = spec.input(Role.LAST_INDEX).name, spec.input(Role.TOTAL_LENGTH).name
+        self._rows, self._batch = spec.input(Role.LOGIT_ROWS).name, batch
+        self._wanted: tuple[int, int] | None = None
+
+    def append(self, binding: GraphBinding, before: int, length: int, wanted: int) -> None:
+        """Every row gets `length` tokens behind its first `before`; logits of the last `wanted` of them."""
+        self._bind(binding, np.full(self._batch, before + length - 1), before + length)
+        self._want(binding, length, wanted)
+
+    def step(self, binding: GraphBinding, lengths: npt.NDArray[np.int64] | int) -> None:
+        """Every row gets one token, which its length (B,) counts in; an int for a batch of one."""
+        ends = np.atleast_1d(lengths)
+        self._bind(binding, ends - 1, int(ends.max()))
+        self._want(binding, 1, 1)
+
+    def _bind(self, binding: GraphBinding, last: npt.NDArray[np.int64], total: int) -> None:
+        binding.bind_input(self._last, last.astype(np.int32))
+        binding.bind_input(self._total, np.array(total, np.int32))
+
+    def _want(self, binding: GraphBinding, length: int, wanted: int) -> None:
+        if self._wanted != (length, wanted):
+            places = np.arange(self._batch)[:, None] * length + np.arange(length - wanted, length)
+            binding.bind_input(self._rows, places.ravel())
+            self._wanted = (length, wanted)
+
+
 class Appender:
     """Appends tokens to a cache (or to one row of it), any number at a time, with logits of the last n of them."""
 
@@ -64,25 +148,20 @@ class Appender:
         self._graph = graph
         self.binding = graph.new_binding()
         cache.bind(self.binding, row)
-        batch = cache.batch if row is None else 1
-        self._ones = np.ones(batch * cache.length, np.int64)
-        self._offsets = np.arange(cache.length - 1, -1, -1, dtype=np.int64)
+        self._feed = graph.new_feed(cache.batch if row is None else 1, cache.length)
 
     def append(self, ids: TokenIds, before: int, logits: Floats) -> None:
         """Put ids (B, T) behind the first `before` tokens of every row; logits (B, n, V) receives the last n of T."""
-        batch, length = ids.shape
-        total = before + length
         self.binding.bind_input(self._graph.tokens, np.ascontiguousarray(ids))
-        self.binding.bind_input(self._graph.mask, self._ones[: batch * total].reshape(batch, total))
-        self.binding.bind_input(self._graph.offsets, self._offsets[-logits.shape[1] :])
-        self.binding.bind_output(self._graph.logits, logits)
+        self._feed.append(self.binding, before, ids.shape[1], logits.shape[1])
+        self._graph.bind_logits(self.binding, logits)
         self.binding.run()
 
 
 class Stepper:
     """Appends one token to every row of a cache, the rows being of any lengths: the loop that has to be fast.
 
-    Everything stays bound; from step to step only the mask changes its shape.
+    Everything stays bound; from step to step only what says how long rows are changes.
     """
 
     def __init__(self, graph: DecoderGraph, cache: KeyValueCache) -> None:
@@ -91,26 +170,19 @@ class Stepper:
         cache.bind(self.binding)
         self._tokens = np.zeros((cache.batch, 1), np.int64)
         self._logits = graph.new_logits(cache.batch, 1)
-        self._ones = np.ones((1, cache.length), np.int64)
-        self._places = np.arange(cache.length)
-        self.binding.bind_input(graph.offsets, np.zeros(1, np.int64))
-        self.binding.bind_output(graph.logits, self._logits)
+        self._feed = graph.new_feed(cache.batch, cache.length)
+        self._feed.append(self.binding, 0, 1, 1)  # which positions get logits stays as it is
+        graph.bind_logits(self.binding, self._logits)
 
     def step(self, tokens: npt.ArrayLike, lengths: npt.NDArray[np.int64] | int) -> Floats:
         """Append tokens (B,); `lengths` (B,), or an int for a batch of one, count them in. Logits (B, V), valid until
         the next step."""
         self._tokens[:, 0] = tokens
         self.binding.bind_input(self._graph.tokens, self._tokens)
-        self.binding.bind_input(self._graph.mask, self._mask(lengths))
+        self._feed.step(self.binding, lengths)
         self.binding.run()
         logits: Floats = self._logits[:, 0]
         return logits
-
-    def _mask(self, lengths: npt.NDArray[np.int64] | int) -> npt.NDArray[np.int64]:
-        """(B, N): 1 for the tokens that a row has, N the longest row's."""
-        if isinstance(lengths, int):
-            return self._ones[:, :lengths]
-        return (self._places[: lengths.max()] < lengths[:, None]).astype(np.int64)
 
 
 def chunks(length: int, start: int = 0) -> Iterator[slice]:

@@ -19,3 +19,8 @@ class InputError(CosmosRuntimeError, ValueError):
 
 class TokenizerError(CosmosRuntimeError):
     """The bundle's tokenizer is missing or cannot be read."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message: ONNX Runtime adds stack traces below it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING
 
 from cosmos_runtime.arrays import Floats, TokenIds
 from cosmos_runtime.bundle import Bundle
-from cosmos_runtime.errors import BundleError, CosmosRuntimeError
+from cosmos_runtime.errors import BundleError, CosmosRuntimeError, first_line
 from cosmos_runtime.manifest import GraphSpec, Role
-from cosmos_runtime.providers import first_line
 
 if TYPE_CHECKING:
     import onnxruntime

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import numpy.typing as npt
 
 from cosmos_runtime.arrays import Floats
+from cosmos_runtime.binding import HOST
 from cosmos_runtime.continuation import Continuation, FinishReason, Limits
 from cosmos_runtime.decoding import Decoder, new_decoder
+from cosmos_runtime.device_loop import DeviceLoop, DeviceLoops
 from cosmos_runtime.errors import CosmosRuntimeError, InputError
 from cosmos_runtime.lookup import SpeculatingDecoder
 from cosmos_runtime.sampling import Sampling
@@ -25,6 +28,7 @@ def generate(
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
     speculate: int = 0,
+    device_loop: bool | None = None,
 ) -> "Generation":
     """Continue the token ids (T,) of one prompt; greedily where `sampling` is None.
 
@@ -32,8 +36,11 @@ def generate(
     is not part of it; before `min_new_tokens` it is not chosen. With `speculate`, up to so many tokens are guessed from
     what came before and checked in one run: the same tokens, sooner where a text repeats itself or its prompt (see
     `SpeculatingDecoder`).
+    `device_loop` says whether tokens are chosen on the device, without asking the host at each (see `device_loop`):
+    by default on devices other than the CPU, as far as the bundle can.
 
-    Raises: InputError for a bad prompt, length or stop id, or for speculation without greedy sampling.
+    Raises: InputError for a bad prompt, length or stop id, for speculation without greedy sampling, or where
+    `device_loop` is wanted and the bundle cannot.
     """
     continuation = new_continuation(
         session,
@@ -49,6 +56,9 @@ def generate(
             f"speculate: expected greedy sampling, got temperature {continuation.sampling.temperature}; "
             f"use temperature 0, or speculate=0"
         )
+
+    if loops := loops_for(session, [continuation], device_loop, speculate=bool(most)):
+        return DeviceGeneration(continuation, loops)
 
     def start() -> Decoder:
         decoder = new_decoder(session, continuation.capacity)
@@ -67,6 +77,7 @@ def generate_text(
     stop_ids: Sequence[int] = (),
     stop: Sequence[str] = (),
     speculate: int = 0,
+    device_loop: bool | None = None,
 ) -> "TextGeneration":
     """Continue a text, as an iterator of pieces of new text; the prompt is not part of them.
 
@@ -84,8 +95,27 @@ def generate_text(
         sampling=sampling,
         stop_ids=stop_ids,
         speculate=speculate,
+        device_loop=device_loop,
     )
     return TextGeneration(generation, tokenizer, stop_filter)
+
+
+def loops_for(
+    session: Session, rows: Sequence[Continuation], wanted: bool | None, *, speculate: bool = False
+) -> DeviceLoops | None:
+    """The session's device loops where these rows are to be continued by them.
+
+    Raises: InputError where that is wanted and cannot be.
+    """
+    loops = session.device_loops if wanted or (wanted is None and session.provider != HOST) else None
+    serves = loops is not None and not speculate and loops.sampler(rows) is not None
+    if wanted and not serves:
+        raise InputError(
+            "device_loop: expected a bundle of a recipe with a device loop, no speculation, and sampling that one of "
+            "its graphs can do (greedy, a small top_k, or neither top_k nor top_p, and no min_new_tokens with stop "
+            "ids); use device_loop=False"
+        )
+    return loops if serves else None
 
 
 def new_continuation(
@@ -174,6 +204,46 @@ class Generation(Iterator[int]):
             if self.finish_reason is None:
                 raise
             return None
+
+
+class DeviceGeneration(Generation):
+    """A generation whose tokens a device loop chooses; the buffers are given back at its end, or by `close`."""
+
+    def __init__(self, continuation: Continuation, loops: DeviceLoops) -> None:
+        super().__init__(continuation, _no_decoder)
+        self._loops: DeviceLoops | None = loops
+        self._loop: DeviceLoop | None = None
+        self._steps: Iterator[npt.NDArray[np.int64]] | None = None
+
+    def __next__(self) -> int:
+        token = None if self.finish_reason else self._continuation.keep(self._next_token())
+        if self.finish_reason:
+            self._free()
+        if token is None:
+            raise StopIteration
+        return token
+
+    def close(self) -> None:
+        """End, and give the buffers back."""
+        self.stop()
+        self._free()
+
+    def _next_token(self) -> int:
+        if self._steps is None:
+            if self._loops is None:
+                raise StopIteration
+            self._loop = self._loops.start([self._continuation])
+            self._steps = self._loop.steps()
+        return int(next(self._steps)[0])
+
+    def _free(self) -> None:
+        if self._loop is not None:
+            self._loop.close()
+        self._loop = self._steps = self._loops = None
+
+
+def _no_decoder() -> Decoder:
+    raise AssertionError("a device loop needs no decoder")
 
 
 class TextGeneration(Iterator[str]):

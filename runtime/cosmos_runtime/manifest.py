@@ -20,6 +20,10 @@ FORMAT_VERSION = 1
 # Graphs: logits of whole sequences, nothing remembered; and new tokens on top of a key/value cache.
 FULL_SEQUENCE = "full_sequence"
 DECODER = "decoder"
+# What a recipe asks for to have decoding stay on the device: a decoder that is told lengths instead of a mask, and the
+# graphs that choose its next tokens. Those are called SAMPLER with a kind, as in "sampler.greedy".
+DEVICE_LOOP = "device_loop"
+SAMPLER = "sampler"
 
 DTYPES = ("bool", "int4", "uint4", "int8", "uint8", "int32", "int64", "float16", "bfloat16", "float32", "float64")
 
@@ -42,6 +46,28 @@ class Role(StrEnum):
     PAST_VALUE = "past_value"
     PRESENT_KEY = "present_key"
     PRESENT_VALUE = "present_value"
+
+    # Of a decoder that is told lengths. A row's tokens less one (B,); tokens of the longest row, a scalar in the host's
+    # memory; and which rows of the hidden states (B * T, D) get logits, so that these are (n, V).
+    LAST_INDEX = "last_index"
+    TOTAL_LENGTH = "total_length"
+    LOGIT_ROWS = "logit_rows"
+
+    # Of a sampler: what it keeps from step to step, each with its next value, and what a request sets.
+    NEXT_TOKENS = "next_tokens"
+    NEXT_LAST_INDEX = "next_last_index"
+    HISTORY = "history"
+    NEXT_HISTORY = "next_history"
+    CHOSEN_LOGIT = "chosen_logit"
+    SEEN = "seen"
+    NEXT_SEEN = "next_seen"
+    LIMIT = "limit"
+    GOES_ON = "goes_on"
+    PENALTY = "penalty"
+    SHARPNESS = "sharpness"
+    RANK_BIAS = "rank_bias"
+    TOP_P = "top_p"
+    UNIFORMS = "uniforms"
 
 
 @dataclass(frozen=True)

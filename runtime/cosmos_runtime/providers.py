@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_runtime.errors import BundleError, ProviderError
+from cosmos_runtime.device_stream import CudaStream, HostStream, Stream
+from cosmos_runtime.errors import BundleError, ProviderError, first_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -24,23 +25,34 @@ _CUDA_CURE = (
 )
 
 
-def create_inference_session(graph: Path, provider: str, threads: int) -> "onnxruntime.InferenceSession":
-    """An ONNX Runtime session of `graph` that runs on `provider` ("cpu" or "cuda").
+def open_stream(provider: str) -> Stream:
+    """What sessions on `provider` compute on. Raises: ProviderError where the provider is unknown or not available."""
+    _provider_name(provider)
+    if provider != "cuda":
+        return HostStream()
+    _prepare_cuda(_import_onnxruntime())
+    return CudaStream()
 
+
+def create_inference_session(
+    graph: Path, provider: str, threads: int, stream: Stream | None = None, *, replays: bool = False
+) -> "onnxruntime.InferenceSession":
+    """An ONNX Runtime session of `graph` that runs on `provider` ("cpu" or "cuda"), on a stream of `open_stream`.
+
+    With `replays` its runs can be captured and replayed (see `binding.device_run_options`), which wants every operator
+    to be one of the device's.
     Raises: ProviderError where the provider is unknown or not available, BundleError where the graph does not load.
     """
     wanted = _provider_name(provider)
     ort = _import_onnxruntime()
     if provider == "cuda":
         _prepare_cuda(ort)
-    session = _create(ort, graph, wanted, threads)
+    options = dict(_OPTIONS[wanted])
+    if isinstance(stream, CudaStream):
+        options |= {"user_compute_stream": str(stream.handle), "enable_cuda_graph": str(int(replays))}
+    session = _create(ort, graph, wanted, options, threads)
     _check_provider(session, provider)
     return session
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message: ONNX Runtime adds stack traces below it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _provider_name(provider: str) -> str:
@@ -73,14 +85,16 @@ def _prepare_cuda(ort: Any) -> None:
             ort.preload_dlls()
 
 
-def _create(ort: Any, graph: Path, provider: str, threads: int) -> "onnxruntime.InferenceSession":
+def _create(
+    ort: Any, graph: Path, provider: str, provider_options: dict[str, str], threads: int
+) -> "onnxruntime.InferenceSession":
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _LOG_ERRORS_ONLY
     try:
         # enable_fallback=0 keeps ONNX Runtime from retrying on the CPU after a failure.
-        return ort.InferenceSession(graph, options, providers=[(provider, _OPTIONS[provider])], enable_fallback=0)
+        return ort.InferenceSession(graph, options, providers=[(provider, provider_options)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors have no common base class
         if provider == _PROVIDERS["cuda"] and ("CUDA" in str(error) or "CUDNN" in str(error)):
             raise ProviderError(f"provider 'cuda': {_cuda_cause(error)}; {_CUDA_CURE}") from error

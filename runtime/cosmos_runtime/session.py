@@ -8,10 +8,11 @@ import numpy.typing as npt
 
 from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.decoder_graph import DecoderGraph
+from cosmos_runtime.device_loop import DeviceLoops
 from cosmos_runtime.errors import BundleError, InputError, ProviderError, TokenizerError
 from cosmos_runtime.full_sequence_graph import FullSequenceGraph
-from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, GraphSpec, Manifest, Role
-from cosmos_runtime.providers import create_inference_session
+from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, SAMPLER, GraphSpec, Manifest, Role
+from cosmos_runtime.providers import create_inference_session, open_stream
 from cosmos_runtime.signature import check_decoder, check_full_sequence, check_signature
 from cosmos_runtime.threads import thread_count
 from cosmos_runtime.tokenizer import Tokenizer
@@ -39,10 +40,13 @@ def load(
     spec = opened.manifest.graph(name)
     _CHECKS[name](spec, opened.manifest.vocab_size)
     check_device(opened.manifest, spec, provider)
-    inference = create_inference_session(opened.file(spec.file), provider, thread_count(threads))
+    stream = open_stream(provider) if name == DECODER else None
+    replays = stream is not None and has_device_loop(opened.manifest)
+    file = opened.file(spec.file)
+    inference = create_inference_session(file, provider, thread_count(threads), stream, replays=replays)
     check_signature(inference, spec)
     if name == DECODER:
-        return Session(opened, provider, DecoderGraph(inference, spec, opened, provider))
+        return Session(opened, provider, DecoderGraph(inference, spec, opened, stream))
     return Session(opened, provider, FullSequenceGraph(inference, spec, opened))
 
 
@@ -70,6 +74,13 @@ class Session:
             )
         return Tokenizer.from_file(self.bundle.file(name))
 
+    @cached_property
+    def device_loops(self) -> DeviceLoops | None:
+        """What decodes without asking the host at every token; None where the bundle has nothing for that."""
+        if not isinstance(self.graph, DecoderGraph) or not has_device_loop(self.manifest):
+            return None
+        return DeviceLoops(self.graph, self.bundle, self.provider)
+
     def logits(self, input_ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Logits (B, T, V) of integer token ids (B, T), or of one row (T,) as a batch of one.
 
@@ -82,6 +93,11 @@ class Session:
         )
         check_fixed_axes(ids, self.graph.spec.input(Role.TOKENS))
         return self.graph.all_logits(ids).astype(np.float32, copy=False)
+
+
+def has_device_loop(manifest: Manifest) -> bool:
+    """Whether a bundle has graphs that choose the next tokens where they are computed."""
+    return any(name.startswith(f"{SAMPLER}.") for name in manifest.graphs)
 
 
 _CHECKS = {FULL_SEQUENCE: check_full_sequence, DECODER: check_decoder}

@@ -9,8 +9,10 @@ from cosmos_runtime.manifest import GraphSpec, Role, TensorSpec
 
 _ORT_DTYPES = {"float": "float32", "double": "float64"}
 
-_DECODER_INPUTS = {Role.TOKENS, Role.ATTENTION_MASK, Role.LOGIT_OFFSETS, Role.PAST_KEY, Role.PAST_VALUE}
-_CACHE_DTYPES = ("float32", "float16", "int8", "uint8")
+_CACHE_INPUTS = {Role.PAST_KEY, Role.PAST_VALUE}
+_BY_MASK = {Role.TOKENS, Role.ATTENTION_MASK, Role.LOGIT_OFFSETS}
+_BY_LENGTHS = {Role.TOKENS, Role.LAST_INDEX, Role.TOTAL_LENGTH, Role.LOGIT_ROWS}
+_CACHE_DTYPES = ("float32", "float16", "bfloat16", "int8", "uint8")
 
 
 class _NodeArg(Protocol):
@@ -43,20 +45,35 @@ def check_full_sequence(graph: GraphSpec, vocab_size: int) -> None:
 
 
 def check_decoder(graph: GraphSpec, vocab_size: int) -> None:
-    """Check that this runtime can run `graph`: also mask, logit offsets and a cache (B, K, L, E) a layer and part,
-    which the graph continues without a change of type or shape, for any number of tokens.
+    """Check that this runtime can run `graph`: also mask and logit offsets, or lengths and logit rows, and a cache
+    (B, K, L, E) a layer and part, which the graph continues without a change of type or shape, for any number of
+    tokens.
 
     Raises: BundleError saying what differs.
     """
-    _expect_roles(graph, _DECODER_INPUTS)
-    _check_tokens_and_logits(graph, vocab_size)
+    by_lengths = any(tensor.role == Role.LAST_INDEX for tensor in graph.inputs)
+    _expect_roles(graph, (_BY_LENGTHS if by_lengths else _BY_MASK) | _CACHE_INPUTS)
+    _check_tokens_and_logits(graph, vocab_size, rank=2 if by_lengths else 3)
+    _check_lengths(graph) if by_lengths else _check_mask(graph)
+    _check_cache(graph)
+    _expect_dynamic_length(graph, graph.input(Role.TOKENS))
+
+
+def _check_mask(graph: GraphSpec) -> None:
     _expect(graph, graph.input(Role.ATTENTION_MASK), ("int64",), rank=2)
     _expect(graph, graph.input(Role.LOGIT_OFFSETS), ("int64",), rank=1)
-    _check_cache(graph)
-    for role in (Role.TOKENS, Role.ATTENTION_MASK):
-        tensor = graph.input(role)
-        if isinstance(tensor.shape[1], int):
-            raise BundleError(f"{graph.file}: {tensor.name}: expected a dynamic length, got {list(tensor.shape)}")
+    _expect_dynamic_length(graph, graph.input(Role.ATTENTION_MASK))
+
+
+def _check_lengths(graph: GraphSpec) -> None:
+    _expect(graph, graph.input(Role.LAST_INDEX), ("int32",), rank=1)
+    _expect(graph, graph.input(Role.TOTAL_LENGTH), ("int32",), rank=0)
+    _expect(graph, graph.input(Role.LOGIT_ROWS), ("int64",), rank=1)
+
+
+def _expect_dynamic_length(graph: GraphSpec, tensor: TensorSpec) -> None:
+    if isinstance(tensor.shape[1], int):
+        raise BundleError(f"{graph.file}: {tensor.name}: expected a dynamic length, got {list(tensor.shape)}")
 
 
 def _check_cache(graph: GraphSpec) -> None:
@@ -84,12 +101,12 @@ def _check_cache(graph: GraphSpec) -> None:
             )
 
 
-def _check_tokens_and_logits(graph: GraphSpec, vocab_size: int) -> None:
+def _check_tokens_and_logits(graph: GraphSpec, vocab_size: int, rank: int = 3) -> None:
     tokens, logits = graph.input(Role.TOKENS), graph.output(Role.LOGITS)
     _expect(graph, tokens, ("int64",), rank=2)
-    _expect(graph, logits, ("float32", "float16"), rank=3)
-    if isinstance(logits.shape[2], int) and logits.shape[2] != vocab_size:
-        raise BundleError(f"{graph.file}: {logits.name}: expected {vocab_size} logits a token, got {logits.shape[2]}")
+    _expect(graph, logits, ("float32", "float16"), rank=rank)
+    if isinstance(logits.shape[-1], int) and logits.shape[-1] != vocab_size:
+        raise BundleError(f"{graph.file}: {logits.name}: expected {vocab_size} logits a token, got {logits.shape[-1]}")
 
 
 def _expect_roles(graph: GraphSpec, known: Set[Role]) -> None:

@@ -240,7 +240,7 @@ def changed(tensors: tuple[TensorSpec, ...], which: str, **changes: Any) -> tupl
                 "inputs": changed(DECODER.inputs, "old.k", dtype="float64"),
                 "outputs": changed(DECODER.outputs, "new.k", dtype="float64"),
             },
-            "old.k: expected float32 or float16 or int8 or uint8 of rank 4, got float64",
+            "old.k: expected float32 or float16 or bfloat16 or int8 or uint8 of rank 4, got float64",
         ),
         (
             {

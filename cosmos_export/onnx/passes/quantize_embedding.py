@@ -12,7 +12,7 @@ from cosmos_export.recipe import ExportRecipe
 class QuantizeEmbedding(ir.passes.InPlacePass):
     """A table that is looked up in, and multiplied by transposed, becomes one quantised table that both read.
 
-    Before:  Gather(table, ids)             MatMul(x, Transpose(table))             table (V, D) float32
+    Before:  Gather(table, ids)    MatMul(x, Transpose(table)) or Gemm(x, table, transB=1)    table (V, D)
     After:   Reshape(GatherBlockQuantized(table.blocks, ids, table.scales), (.., D))
              MatMulNBits(x, table.blocks, table.scales)
 
@@ -50,13 +50,15 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
         if form is None:
             raise AssertionError("_is_lookup has checked this")
         rows, columns = table.shape.numpy()
-        parts = quantized_initializers(graph, table.name, rows, columns, form)
+        parts = quantized_initializers(graph, table, table.name, rows, columns, form)
         for transpose in [node for node in table.consumers() if transposed_matrix(node) is table]:
             transposed = transpose.outputs[0]
             for product in [node for node in transposed.consumers() if _multiplies_by(node, transposed)]:
                 quantized_product(product, parts, rows, columns, form)
             if not transposed.uses():
                 graph.remove(transpose, safe=True)
+        for product in [node for node in table.consumers() if _multiplies_by_transposed(node, table)]:
+            quantized_product(product, parts, rows, columns, form)
         _look_up(graph, lookup, parts[0], parts[1], len(ids.shape), form.bits, form.block_size)
         if not table.uses():
             del graph.initializers[table.name]
@@ -64,6 +66,14 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
 
 def _multiplies_by(node: ir.Node, matrix: ir.Value) -> bool:
     return node.domain == "" and node.op_type == "MatMul" and node.inputs[1] is matrix
+
+
+def _multiplies_by_transposed(node: ir.Node, matrix: ir.Value) -> bool:
+    """Whether `node` is Gemm(x, matrix, transB=1) and nothing else: no addend, no factor."""
+    if node.domain != "" or node.op_type != "Gemm" or node.inputs[1] is not matrix or len(node.inputs) != 2:
+        return False
+    factors = node.attributes.get_int("transA", 0), node.attributes.get_int("transB", 0)
+    return factors == (0, 1) and node.attributes.get_float("alpha", 1.0) == 1.0
 
 
 def _look_up(

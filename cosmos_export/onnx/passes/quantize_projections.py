@@ -12,7 +12,7 @@ from cosmos_export.recipe import ExportRecipe
 class QuantizeProjections(ir.passes.InPlacePass):
     """A product with a stored matrix becomes com.microsoft::MatMulNBits.
 
-    Before:  MatMul(x, w.transposed)                          w.transposed (in, out) float32
+    Before:  MatMul(x, w.transposed)                          w.transposed (in, out)
     After:   MatMulNBits(x, w.blocks, w.scales[, w.zero_points])
 
     Which matrices, and how, is the recipe's `form_of`. The values follow when they are written.
@@ -34,7 +34,7 @@ class QuantizeProjections(ir.passes.InPlacePass):
             if form is None or not transposed or weight.shape is None:
                 continue
             columns, rows = weight.shape.numpy()
-            parts = quantized_initializers(model.graph, source, rows, columns, form)
+            parts = quantized_initializers(model.graph, weight, source, rows, columns, form)
             quantized_product(node, parts, rows, columns, form)
             if not weight.uses():
                 del model.graph.initializers[weight.name]

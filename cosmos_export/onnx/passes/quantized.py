@@ -13,14 +13,20 @@ from cosmos_export.onnx.signature import quantized_name
 QuantizedParts = tuple[ir.Value, ir.Value, ir.Value | None]
 
 
-def quantized_initializers(graph: ir.Graph, source: str, rows: int, columns: int, form: Quantization) -> QuantizedParts:
-    """Adds blocks (N, n, bytes), scales (N, n) and, unless symmetric, zero points (N, bytes) of a matrix (N, C)."""
+def quantized_initializers(
+    graph: ir.Graph, matrix: ir.Value, source: str, rows: int, columns: int, form: Quantization
+) -> QuantizedParts:
+    """Adds blocks (N, n, bytes), scales (N, n) and, unless symmetric, zero points (N, bytes) of `source` (N, C).
+
+    Scales have the type of `matrix`, the value that held it so far: that of the activations it is multiplied with.
+    """
     count = -(-columns // form.block_size)
-    blocks = _add(graph, quantized_name(source, "blocks"), (rows, count, form.block_size * form.bits // 8), "uint8")
-    scales = _add(graph, quantized_name(source, "scales"), (rows, count), "float32")
+    levels = ir.TensorType(ir.DataType.UINT8)
+    blocks = _add(graph, quantized_name(source, "blocks"), (rows, count, form.block_size * form.bits // 8), levels)
+    scales = _add(graph, quantized_name(source, "scales"), (rows, count), matrix.type)
     if form.symmetric:
         return blocks, scales, None
-    zeros = _add(graph, quantized_name(source, "zero_points"), (rows, -(-count * form.bits // 8)), "uint8")
+    zeros = _add(graph, quantized_name(source, "zero_points"), (rows, -(-count * form.bits // 8)), levels)
     return blocks, scales, zeros
 
 
@@ -55,8 +61,7 @@ def replace_node(old: ir.Node, new: ir.Node) -> None:
     old.graph.remove(old, safe=True)
 
 
-def _add(graph: ir.Graph, name: str, shape: tuple[int, ...], dtype: str) -> ir.Value:
-    type_ = ir.TensorType(ir.DataType.UINT8 if dtype == "uint8" else ir.DataType.FLOAT)
+def _add(graph: ir.Graph, name: str, shape: tuple[int, ...], type_: ir.TypeProtocol | None) -> ir.Value:
     value = ir.Value(name=name, shape=ir.Shape(shape), type=type_)
     graph.initializers.add(value)
     return value

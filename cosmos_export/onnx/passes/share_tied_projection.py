@@ -12,6 +12,7 @@ class ShareTiedProjection(ir.passes.InPlacePass):
 
     Before:  y = MatMul(x, Transpose(w))                          and elsewhere  Gather(w, ids)
     After:   y = Reshape(Gemm(Reshape(x, [-1, D]), w, transB=1), [...shape of x without D, V])
+             y = Gemm(x, w, transB=1) where x is a matrix
 
     Without this a runtime folds the transpose at load and holds the largest matrix of a small model twice.
     Precondition: x has a static last axis, w is an initializer (V, D).
@@ -44,16 +45,23 @@ def _replace(node: ir.Node, weight: ir.Value) -> None:
         raise AssertionError("_transposed_shared_weight has checked these")
     rows, columns = weight.shape.numpy()  # V, D
     tape = ir.tape.Tape()
-    flat = tape.op("Reshape", [x, _constant(tape, [-1, columns])])
-    projected = tape.op("Gemm", [flat, weight], {"transB": 1})
-    leading = tape.op("Shape", [x], {"start": 0, "end": len(x.shape) - 1})
-    shape = tape.op("Concat", [leading, _constant(tape, [rows])], {"axis": 0})
-    result = tape.op("Reshape", [projected, shape])
+    result = _product(tape, x, weight, rows, columns)
     result.name, result.shape, result.type = product.name, product.shape, product.type
     transpose = transposed.producer()
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], tape.nodes, [product], [result])
     if transpose is not None and transpose.graph is not None:
         transpose.graph.remove(transpose, safe=True)
+
+
+def _product(tape: ir.tape.Tape, x: ir.Value, weight: ir.Value, rows: int, columns: int) -> ir.Value:
+    """x (..., D) times the weight (V, D) transposed."""
+    if x.shape is None or len(x.shape) == 2:
+        return tape.op("Gemm", [x, weight], {"transB": 1})
+    flat = tape.op("Reshape", [x, _constant(tape, [-1, columns])])
+    projected = tape.op("Gemm", [flat, weight], {"transB": 1})
+    leading = tape.op("Shape", [x], {"start": 0, "end": len(x.shape) - 1})
+    shape = tape.op("Concat", [leading, _constant(tape, [rows])], {"axis": 0})
+    return tape.op("Reshape", [projected, shape])
 
 
 def _constant(tape: ir.tape.Tape, values: list[int]) -> ir.Value:
