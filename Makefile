@@ -34,7 +34,7 @@ test: $(READY) ## Run the tests
 	$(RUN)python -m pytest
 
 # Each is MODEL/RECIPE: every recipe on the trained model, the default one on the geometries of the other presets.
-PROVEN := $(foreach r,fp32 cpu-fp32 cpu-int8 cpu-int4 cpu-int4-small portable-fp32,demo/$(r)) beginner/cpu-fp32 advanced-reduced/cpu-fp32
+PROVEN := $(foreach r,fp32 cpu-fp32 cpu-int8 cpu-int4 cpu-int4-quick portable-fp32,demo/$(r)) beginner/cpu-fp32 advanced-reduced/cpu-fp32
 
 verify-parity: $(READY) ## Export and prove the demo, beginner and reduced advanced models; reports in build/parity
 	@mkdir -p $(PARITY)

@@ -12,7 +12,7 @@ import pickle
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,9 @@ from torch import Tensor
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import CheckpointError
 from cosmos_export.model.head_layout import check_head_layout, tile_to_interleave
+
+if TYPE_CHECKING:
+    from cosmos_export.onnx.quantize import QuantizedMatrix
 
 CONFIG, INFO, TOKENIZER = "config.json", "model_info.json", "tokenizer.json"
 SAFETENSORS, SAFETENSORS_INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -51,6 +54,8 @@ class Checkpoint:
     origin: Mapping[str, Any]
     tokenizer: Path | None = None
     head_layout: str = field(default="interleave")
+    calibrated: Mapping[str, QuantizedMatrix] = field(default_factory=dict)
+    """Quantised forms that stand for tensors of these names, where a recipe quantises them."""
 
     @classmethod
     def open(cls, folder: str | Path, *, head_layout: str = "interleave") -> Self:

@@ -9,13 +9,16 @@ its place only when it has been proven, so a failed export leaves nothing behind
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cosmos_export.bundle import record_parity, seal, staged_folder, write_companions, write_graph
+from cosmos_export.calibration.calibrate import calibrate
+from cosmos_export.calibration.plan import MOST_PARAMETERS
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ParityError
+from cosmos_export.model.loading import parameter_count
 from cosmos_export.onnx.device_loop import write_samplers
 from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
 from cosmos_export.onnx.genai import write_genai
@@ -46,17 +49,20 @@ def export_onnx(
     *,
     causal: bool = True,
     effort: Effort = Effort.FULL,
+    calibration_text: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportedBundle:
     """Exports a checkpoint to a bundle at `out` and proves it equal to the model.
 
+    Where the recipe asks for a calibration, it is on `calibration_text`, or on text that the model writes.
     Raises RecipeError, TargetError, CheckpointError or ExportError, and ParityError (its `report` says where) when the
     bundle is not equal to the model; in every case `out` is as it was before.
     """
     out, progress = Path(out), progress or Silent()
     recipe.check_fits(checkpoint.config, causal=causal)
     with staged_folder(out, overwrite=overwrite) as folder:
+        checkpoint, recipe = _calibrated(checkpoint, recipe, calibration_text, progress)
         manifest = _build(folder, out.name, checkpoint, recipe, causal, progress)
         report = None
         if effort is not Effort.OFF:
@@ -91,6 +97,26 @@ def _build(
     progress.stage("Sealing the bundle")
     write_companions(folder, checkpoint)
     return seal(folder, name, checkpoint, recipe, specs, causal)
+
+
+def _calibrated(
+    checkpoint: Checkpoint, recipe: ExportRecipe, text: Path | None, progress: Progress
+) -> tuple[Checkpoint, ExportRecipe]:
+    """Both with the calibration done, or without one where there is nothing to gain or no room."""
+    plan = recipe.calibration
+    if plan is None:
+        return checkpoint, recipe
+    parameters = parameter_count(checkpoint.config)
+    if checkpoint.origin.get("kind") == "preset":
+        progress.note("random weights write no text: the weights are rounded without a calibration")
+    elif parameters > MOST_PARAMETERS:
+        progress.note(
+            f"{parameters:,} parameters are more than a calibration takes ({MOST_PARAMETERS:,}): "
+            f"each block of weights is rounded by itself. Recipe cpu-int4-quick is made for that"
+        )
+    else:
+        return replace(checkpoint, calibrated=calibrate(checkpoint, recipe, plan, text, progress)), recipe
+    return checkpoint, replace(recipe, calibration=None)
 
 
 def _fuses_attention(recipe: ExportRecipe, config: CosmosAdvancedConfig, progress: Progress) -> bool:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+from cosmos_export.calibration.plan import CalibrationPlan
 from cosmos_export.checkpoint import EMBEDDING, Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import RecipeError
@@ -39,7 +40,8 @@ class ExportRecipe:
     `quantization` is how the projections are stored, unless `overrides` names another way for one of them;
     `embedding` is how the tied table is. None means in the type of the activations.
     `activations` is the type that is computed with, and that the cache, the rotary tables and the scales of quantised
-    matrices have; logits are always float32.
+    matrices have; logits are always float32. `calibration` says how quantised matrices are fitted to the model's text;
+    None means that each is rounded by itself.
     """
 
     name: str
@@ -52,6 +54,7 @@ class ExportRecipe:
     embedding: Quantization | None = None
     overrides: Mapping[str, Quantization] = field(default_factory=dict)
     activations: str = "float32"
+    calibration: CalibrationPlan | None = None
 
     @classmethod
     def load(cls, name: str) -> Self:
@@ -118,7 +121,7 @@ class ExportRecipe:
 
 def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in fields(ExportRecipe)} - {"name"}  # a recipe is called what its file is called
-    required = known - {"quantization", "embedding", "overrides", "activations"}
+    required = known - {"quantization", "embedding", "overrides", "activations", "calibration"}
     unknown, missing = sorted(values.keys() - known), sorted(required - values.keys())
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
@@ -193,6 +196,8 @@ def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         )
     if quantised and values["dialect"] != "ort":
         raise RecipeError(f"recipe {path}: quantisation needs dialect 'ort', got {values['dialect']!r}")
+    if "calibration" in values:
+        forms["calibration"] = _calibration(path, values["calibration"], forms)
     every = [*forms["overrides"].values(), *(forms[key] for key in ("quantization", "embedding") if key in forms)]
     if _activations(path, values) != "float32" and any(form.accuracy_level == INT8_ACTIVATIONS for form in every):
         raise RecipeError(
@@ -202,6 +207,21 @@ def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     if "embedding" in forms and not forms["embedding"].symmetric:
         raise RecipeError(f"recipe {path}: embedding.symmetric must be true: one table serves lookup and product")
     return forms
+
+
+def _calibration(path: Path, value: Any, forms: Mapping[str, Any]) -> CalibrationPlan:
+    names = {f.name for f in fields(CalibrationPlan)}
+    if not isinstance(value, dict) or value.keys() != names:
+        raise RecipeError(f"recipe {path}: calibration must have exactly {', '.join(sorted(names))}, got {value!r}")
+    for name, least in (("tokens", 1), ("epochs", 0)):
+        if type(value[name]) is not int or value[name] < least:
+            raise RecipeError(f"recipe {path}: calibration.{name} must be at least {least}, got {value[name]!r}")
+    quantised = [forms.get("quantization"), forms.get("embedding"), *forms["overrides"].values()]
+    if quantised[0] is None or not all(form is None or form.symmetric for form in quantised):
+        raise RecipeError(
+            f"recipe {path}: calibration is of symmetric quantisation; leave it out, or set symmetric = true"
+        )
+    return CalibrationPlan(**value)
 
 
 def _form(path: Path, key: str, value: Any) -> Quantization:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from cosmos_export.resources import DEFAULT_RECIPES, preset_names, recipe_names
 
 if TYPE_CHECKING:
     from cosmos_export.checkpoint import Checkpoint
+    from cosmos_export.recipe import ExportRecipe
 
 
 @click.command("onnx")
@@ -44,6 +46,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Lengths up to the maximum, up to 256 tokens, or no proof at all.",
 )
+@click.option(
+    "--calibration",
+    metavar="self|off|FILE",
+    default="self",
+    show_default=True,
+    help="The text that 4-bit weights are fitted to, where the recipe says so: the model's own, none, or a UTF-8 file.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the bundle at --out once the new one is proven.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def onnx_command(
@@ -55,6 +64,7 @@ def onnx_command(
     head_layout: str,
     causal: bool,
     effort: str,
+    calibration: str,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -78,12 +88,20 @@ def onnx_command(
     from cosmos_export.recipe import ExportRecipe
 
     chosen = ExportRecipe.load(recipe or DEFAULT_RECIPES[causal])
+    chosen, text = _calibration(chosen, calibration)
     source, name = _open(checkpoint, preset, seed, head_layout)
     target = out or Path("bundles", f"{name}-{chosen.name}")
     try:
         with shown_progress() as progress:
             bundle = export_onnx(
-                source, target, chosen, causal=causal, effort=Effort(effort), overwrite=overwrite, progress=progress
+                source,
+                target,
+                chosen,
+                causal=causal,
+                effort=Effort(effort),
+                calibration_text=text,
+                overwrite=overwrite,
+                progress=progress,
             )
     except ParityError as error:
         print_report(error.report, stderr=True)
@@ -97,6 +115,19 @@ def onnx_command(
         if bundle.report:
             print_report(bundle.report)
         click.echo(f"{target}: {proven}")
+
+
+def _calibration(recipe: ExportRecipe, wanted: str) -> tuple[ExportRecipe, Path | None]:
+    """The recipe, without calibration if so wanted, and the text to calibrate on if it is not the model's own."""
+    if wanted == "off":
+        return replace(recipe, calibration=None), None
+    if wanted == "self":
+        return recipe, None
+    if recipe.calibration is None:
+        raise click.UsageError(f"--calibration {wanted}: recipe {recipe.name} has no calibration.")
+    if not Path(wanted).is_file():
+        raise click.UsageError(f"--calibration {wanted}: expected self, off, or the path of a text file.")
+    return recipe, Path(wanted)
 
 
 def _open(checkpoint: Path | None, preset: str | None, seed: int, head_layout: str) -> tuple[Checkpoint, str]:

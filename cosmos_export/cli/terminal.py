@@ -87,7 +87,7 @@ def print_report(report: ParityReport, *, stderr: bool = False) -> None:
         out.print("AMBIGUOUS: a best token changed where the reference's lead is less than the gate's tolerance")
     colour = "bold red" if report.stored_problems else "green"
     expected = sum(s.expected for s in report.stored)
-    out.print(f"stored tensors equal bit for bit: [{colour}]{report.stored_equal} of {expected}[/]")
+    out.print(f"stored tensors: [{colour}]{report.stored_equal} of {expected}[/] {report.stored_kind}")
     for problem in report.stored_problems[:8]:
         out.print(problem, style="red", markup=False)
     if report.quality is not None:

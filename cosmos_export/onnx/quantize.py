@@ -9,6 +9,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,35 @@ def dequantize(quantized: QuantizedMatrix, columns: int, form: Quantization) -> 
     if quantized.zero_points is not None:
         zeros = _unpack(quantized.zero_points, form.bits)[:, : levels.shape[1], None].to(torch.float32)
     return ((levels - zeros) * quantized.scales[..., None]).flatten(1)[:, :columns]
+
+
+def block_scales(block: Tensor, form: Quantization) -> Tensor:
+    """The scales (N, 1) of one block of columns (N, at most block_size) in a symmetric form."""
+    scales, _ = _scales(block.to(torch.float32)[:, None], form)
+    return scales[:, 0]
+
+
+def pack_levels(levels: Tensor, scales: Tensor, form: Quantization) -> QuantizedMatrix:
+    """Levels (N, C), whole numbers from 0 to 2^bits - 1, and scales (N, n) in the operator's layout; symmetric."""
+    missing = -levels.shape[1] % form.block_size
+    filled = torch.nn.functional.pad(levels, (0, missing), value=2 ** (form.bits - 1))
+    grouped = filled.unflatten(1, (-1, form.block_size)).to(torch.uint8)
+    return QuantizedMatrix(_pack(grouped, form.bits), scales.contiguous(), None)
+
+
+def unpack_levels(quantized: QuantizedMatrix, columns: int, form: Quantization) -> Tensor:
+    """The levels (N, columns) of a stored matrix, as float32."""
+    return _unpack(quantized.blocks, form.bits).to(torch.float32).flatten(1)[:, :columns]
+
+
+def stack_rows(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """Matrices of one form and width, one above the other: their rows know nothing of each other."""
+    zero_points = [m.zero_points for m in matrices if m.zero_points is not None]
+    return QuantizedMatrix(
+        torch.cat([m.blocks for m in matrices]),
+        torch.cat([m.scales for m in matrices]),
+        torch.cat(zero_points) if zero_points else None,
+    )
 
 
 def _grouped(matrix: Tensor, block_size: int) -> Tensor:

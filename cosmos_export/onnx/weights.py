@@ -20,7 +20,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.errors import ExportError
 from cosmos_export.model.loading import skeleton
 from cosmos_export.model.rope import rotary_tables
-from cosmos_export.onnx.quantize import QuantizedMatrix, dequantize, quantize
+from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize, quantize, stack_rows
 from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, QuantizedPart, parts_of, quantized_part, source_of
 from cosmos_export.recipe import ExportRecipe
 
@@ -52,12 +52,19 @@ class WeightReader:
         matrix = self._matrix(source)
         if form is None:
             return self._rounded(source, matrix).to(torch.float32)
-        stored = quantize(matrix, form)
+        stored = self._quantized(source, form)
         stored = replace(stored, scales=self._rounded(source, stored.scales).to(torch.float32))
         return dequantize(stored, matrix.shape[1], form)
 
     def _matrix(self, source: str) -> Tensor:
         return torch.cat([self.checkpoint.tensor(part).to(torch.float32) for part in parts_of(source)])
+
+    def _quantized(self, source: str, form: Quantization) -> QuantizedMatrix:
+        """As a calibration left it, where there was one; else rounded here, each block for itself."""
+        calibrated, parts = self.checkpoint.calibrated, parts_of(source)
+        if all(part in calibrated for part in parts):
+            return stack_rows([calibrated[part] for part in parts])
+        return quantize(self._matrix(source), form)
 
     def _rounded(self, source: str, values: Tensor) -> Tensor:
         """Float32 `values` in the type that is computed with. Raises ExportError where they are beyond its range."""
@@ -82,7 +89,7 @@ class WeightReader:
             form = self.recipe.form_of(source)
             if form is None:
                 raise ExportError(f"the graph holds {source} quantised, but recipe {self.recipe.name} does not say how")
-            quantized = quantize(self._matrix(source), form)
+            quantized = self._quantized(source, form)
             self._last = (source, replace(quantized, scales=self._rounded(source, quantized.scales)))
         tensor = getattr(self._last[1], part)
         if tensor is None:

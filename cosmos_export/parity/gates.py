@@ -88,6 +88,24 @@ QUALITY_GATES = {
 }
 
 
+@dataclass(frozen=True)
+class CalibrationGate:
+    """How far a calibrated row of weights may lie from the checkpoint's, as a share of the row's length."""
+
+    row_error: float
+    reason: str
+
+
+CALIBRATION_GATES = {
+    4: CalibrationGate(
+        0.5,
+        reason="rounding alone is 0.1 to 0.15 away, calibration on the demo model went up to 0.24; a row of another "
+        "matrix, or one with its scales misplaced, is 1 and more away. Smaller faults are the quality gate's to find",
+    ),
+    8: CalibrationGate(0.05, reason="rounding alone is 0.01 away, and calibration moves few levels, each far smaller"),
+}
+
+
 def judge(error: float, allowed: float, flipped_margin: float | None) -> Verdict:
     """The verdict on one measurement.
 

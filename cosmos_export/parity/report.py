@@ -76,6 +76,13 @@ class ParityReport:
         return sum(s.equal for s in self.stored)
 
     @property
+    def stored_kind(self) -> str:
+        """What the tensors that are as they should be are equal to."""
+        calibrated = sum(s.calibrated for s in self.stored)
+        near = f", {calibrated} of them calibrated, each row near the checkpoint's" if calibrated else ""
+        return f"equal bit for bit{near}"
+
+    @property
     def stored_problems(self) -> list[str]:
         return [problem for s in self.stored for problem in s.problems]
 
@@ -113,7 +120,7 @@ class ParityReport:
         return (
             f"{len(self.cases)} cases up to {self.longest} of {self.max_sequence_length} tokens equal {model} within "
             f"the gate{ties} (largest error {share:.0%} of what it allows); "
-            f"{self.stored_equal} stored tensors equal bit for bit{quality}"
+            f"{self.stored_equal} stored tensors {self.stored_kind}{quality}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +138,7 @@ class ParityReport:
             "stored_tensors": {
                 "expected": sum(s.expected for s in self.stored),
                 "equal": self.stored_equal,
+                "calibrated": sum(s.calibrated for s in self.stored),
                 "problems": self.stored_problems,
             },
             "cases": [_case_dict(c) for c in self.cases],

@@ -7,8 +7,8 @@ beyond a gate. What is stored has to be equal, whatever it changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,21 @@ class StoredTensors:
     expected: int
     equal: int
     problems: tuple[str, ...]
+    calibrated: int = 0
+    """How many of the equal ones are equal to what a calibration made, which lies near the checkpoint's."""
 
     @property
     def passed(self) -> bool:
         return not self.problems and self.equal == self.expected
+
+    def with_calibrated(self, calibrated: int, problems: Sequence[str]) -> StoredTensors:
+        """These, of which so many are calibrated, less those that strayed: one problem a tensor."""
+        return replace(
+            self,
+            equal=self.equal - len(problems),
+            problems=(*self.problems, *problems),
+            calibrated=calibrated - len(problems),
+        )
 
 
 def compare_stored(graph: Path, checkpoint: Checkpoint, recipe: ExportRecipe) -> StoredTensors:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.parity import metrics
 from cosmos_export.parity.arithmetic import arithmetic_of, float32_activations
+from cosmos_export.parity.calibrated import strayed, with_stored_levels
 from cosmos_export.parity.cases import Case, build_cases
 from cosmos_export.parity.gates import LOGIT_GATES, QUALITY_GATES, Arithmetic, LogitGate, judge
 from cosmos_export.parity.quality import measure_quality, rows_of_text
@@ -71,7 +72,12 @@ def verify_bundle(
     progress.stage("Comparing stored tensors")
     models = [spec for name, spec in manifest.graphs.items() if not name.startswith(f"{SAMPLER}.")]  # those have none
     graphs = [session.bundle.file(spec.file) for spec in models]
+    if recipe.calibration is not None and not checkpoint.calibrated:  # an export has just made them, and knows better
+        checkpoint = with_stored_levels(checkpoint, graphs[0], recipe)
     stored = [compare_stored(graph, checkpoint, recipe) for graph in graphs]
+    if recipe.calibration is not None:
+        far = list(strayed(checkpoint, recipe))
+        stored = [tensors.with_calibrated(len(checkpoint.calibrated), far) for tensors in stored]
     progress.stage("Loading the float64 reference")
     reference = EagerReference(recipe.as_computed(checkpoint), recipe, causal=causal)
     cases, skipped = build_cases(checkpoint.config, quick=effort is Effort.QUICK)

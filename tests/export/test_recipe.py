@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cosmos_export.calibration.plan import CalibrationPlan
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import RecipeError
 from cosmos_export.onnx.quantize import Quantization
@@ -128,7 +129,12 @@ def quantised(folder: Path, **changes: str | None) -> ExportRecipe:
 
 @pytest.mark.parametrize(
     ("name", "precision", "bits", "embedding_bits"),
-    [("cpu-fp32", "fp32", None, None), ("cpu-int8", "int8", 8, 8), ("cpu-int4", "int4", 4, 8)],
+    [
+        ("cpu-fp32", "fp32", None, None),
+        ("cpu-int8", "int8", 8, 8),
+        ("cpu-int4", "int4", 4, 4),
+        ("cpu-int4-quick", "int4", 4, 8),
+    ],
 )
 def test_the_cpu_recipes_decode_in_their_precision(
     name: str, precision: str, bits: int | None, embedding_bits: int | None
@@ -218,6 +224,27 @@ def test_a_wrong_quantisation_is_refused_with_what_is_wrong(
 ) -> None:
     with pytest.raises(RecipeError, match=words):
         quantised(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "quantization", "words"),
+    [
+        ("3", EIGHT, "calibration.*epochs, tokens.*got 3"),
+        ("{tokens = 10}", EIGHT, "calibration.*epochs, tokens"),
+        ("{tokens = 0, epochs = 1}", EIGHT, "calibration.tokens.*at least 1.*got 0"),
+        ("{tokens = 10, epochs = 1.5}", EIGHT, "calibration.epochs.*at least 0.*got 1.5"),
+        ("{tokens = 10, epochs = 1}", EIGHT.replace("true", "false"), "calibration.*symmetric"),
+    ],
+)
+def test_a_wrong_calibration_is_refused(tmp_path: Path, calibration: str, quantization: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        quantised(tmp_path, precision="'int8'", quantization=quantization, calibration=calibration)
+
+
+def test_a_calibration_survives_the_manifest() -> None:
+    recipe = ExportRecipe.load("cpu-int4")
+    again = ExportRecipe.from_manifest(json.loads(json.dumps(recipe.to_dict())))
+    assert again.calibration == recipe.calibration == CalibrationPlan(tokens=32768, epochs=6)
 
 
 @pytest.mark.parametrize("key", ["embedding", "overrides"])

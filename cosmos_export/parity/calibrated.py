@@ -1,0 +1,75 @@
+"""Calibrated weights in a bundle: they cannot be made a second time bit for bit, so verification takes the numbers that
+are stored, asks whether each row is still near the checkpoint's, and then whether the graph computes with exactly them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.model.loading import skeleton
+from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize
+from cosmos_export.onnx.signature import parts_of, quantized_name
+from cosmos_export.parity.gates import CALIBRATION_GATES
+from cosmos_export.recipe import ExportRecipe
+
+
+def with_stored_levels(checkpoint: Checkpoint, graph: Path, recipe: ExportRecipe) -> Checkpoint:
+    """The checkpoint whose quantised matrices are those that a graph's file holds; what it lacks stays uncalibrated."""
+    initializers = ir.load(graph).graph.initializers
+    names, found = set(_calibrated_names(checkpoint, recipe)), dict[str, QuantizedMatrix]()
+    for blocks in [name for name in initializers if name.endswith(quantized_name("", "blocks"))]:
+        source = blocks.removesuffix(quantized_name("", "blocks"))
+        parts = parts_of(source)
+        scales = initializers.get(quantized_name(source, "scales"))
+        if scales is not None and names.issuperset(parts):
+            matrix = QuantizedMatrix(_tensor(initializers[blocks]), _tensor(scales), None)
+            rows = [checkpoint.stored[part].shape[0] for part in parts]
+            if matrix.blocks.shape[:2] == matrix.scales.shape and sum(rows) == len(matrix.blocks):
+                found |= zip(parts, _split_rows(matrix, rows), strict=True)
+    return replace(checkpoint, calibrated=found)
+
+
+def strayed(checkpoint: Checkpoint, recipe: ExportRecipe) -> Iterator[str]:
+    """What is wrong with each calibrated matrix of `checkpoint` that is further from its tensor than the gate says."""
+    for name in _calibrated_names(checkpoint, recipe):
+        form = recipe.form_of(name)
+        if name not in checkpoint.calibrated or form is None:
+            continue  # that it is missing is for the comparison of stored tensors to say
+        matrix = checkpoint.tensor(name).to(torch.float32)
+        error = _relative_row_errors(checkpoint.calibrated[name], matrix, form)
+        gate, worst = CALIBRATION_GATES[form.bits], int(error.argmax())
+        if not float(error[worst]) <= gate.row_error:  # so that NaN fails
+            yield (
+                f"row {worst} of {name} is {float(error[worst]):.2f} of its own length away from the checkpoint's; "
+                f"calibrated to {form.bits} bits it may be {gate.row_error}"
+            )
+
+
+def _relative_row_errors(stored: QuantizedMatrix, matrix: Tensor, form: Quantization) -> Tensor:
+    """How far each row (N,) lies from where it should, as a share of its length."""
+    if stored.blocks.shape[1] * form.block_size < matrix.shape[1]:
+        return torch.full((len(matrix),), float("nan"))
+    away = dequantize(stored, matrix.shape[1], form) - matrix
+    return away.norm(dim=1) / matrix.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _calibrated_names(checkpoint: Checkpoint, recipe: ExportRecipe) -> list[str]:
+    return [name for name in skeleton(checkpoint.config).state_dict() if recipe.form_of(name) is not None]
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    if value.const_value is None:
+        raise AssertionError("an initializer of a file has a value")
+    return torch.from_numpy(value.const_value.numpy().copy())
+
+
+def _split_rows(matrix: QuantizedMatrix, rows: list[int]) -> Iterator[QuantizedMatrix]:
+    for blocks, scales in zip(matrix.blocks.split(rows), matrix.scales.split(rows), strict=True):
+        yield QuantizedMatrix(blocks, scales, None)
