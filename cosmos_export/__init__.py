@@ -1,1 +1,33 @@
-"""cosmos-export: Cosmos Advanced checkpoints become verified ONNX bundles. See `cosmos_export.pipeline` for the way."""
+"""cosmos-export: Cosmos Advanced checkpoints become verified ONNX bundles. See `cosmos_export.pipeline` for the way.
+
+    from cosmos_export import CosmosAdvancedConfig, CosmosAdvancedModel
+
+    model = CosmosAdvancedModel.from_pretrained("path/to/checkpoint")
+    logits, diagnostics = model(input_ids, return_diagnostics=True)
+
+The names are imported on first use, so `import cosmos_export` itself costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cosmos_export.config import CosmosAdvancedConfig
+    from cosmos_export.model.cosmos import CosmosAdvancedModel
+
+__all__ = ["CosmosAdvancedConfig", "CosmosAdvancedModel"]
+
+_HOME = {"CosmosAdvancedConfig": "config", "CosmosAdvancedModel": "model.cosmos"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -28,6 +28,7 @@ from cosmos_export.model.capabilities import (
 )
 from cosmos_export.model.capabilities.evaluation import EvaluationSystem
 from cosmos_export.model.capabilities.fusion import CapabilityFusion, replace_vectors_at, vectors_at
+from cosmos_export.model.capabilities.layers import Scores
 from cosmos_export.model.capabilities.memory import MemorySystem
 from cosmos_export.model.capabilities.reasoning import ReasoningEngine
 from cosmos_export.model.capabilities.safety import SafetySystem
@@ -48,7 +49,7 @@ class Enhanced(NamedTuple):
 
     vector: Tensor
     blocked: Tensor | None
-    scores: dict[str, Tensor]
+    scores: Scores
     memory: MemoryState | None
 
     def placed(self, hidden: Tensor, last: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class CosmosAdvancedModel(CosmosBackbone):
         the bank before this call, which the memory capability needs.
         """
         slots: dict[str, Tensor] = {}
-        scores: dict[str, Tensor] = {}
+        scores: Scores = {}
         if "reasoning" in capabilities:
             slots["reasoning"], scores = self.reasoning_engine(representation)
         if "memory" in capabilities:

@@ -147,21 +147,7 @@ def _memory(settings: Mapping[str, Any]) -> list[ScoreSpec]:
     return [ScoreSpec("memory.calls", dtype="int64")]
 
 
-def _safety(settings: Mapping[str, Any]) -> list[ScoreSpec]:
-    # Hallucination has no switch, and comes between bias and privacy.
-    order = (*SAFETY_CHECKS[:3], "hallucination_detection", *SAFETY_CHECKS[3:])
-    specs = [
-        spec
-        for check in order
-        if check in settings["checks"] or check not in SAFETY_CHECKS
-        for spec in _SAFETY_SCORES[check]
-    ]
-    specs.append(ScoreSpec("safety.is_safe", dtype="bool"))
-    if settings["level"] in BLOCKING_LEVELS:
-        specs.append(ScoreSpec("output_blocked", dtype="bool"))
-    return specs
-
-
+# In the order in which the checks run. The one that is no switch always does.
 _SAFETY_SCORES = {
     "content_filtering": (ScoreSpec("safety.harmful"), _labelled("safety.categories")),
     "toxicity_detection": (_labelled("safety.toxicity"),),
@@ -172,6 +158,15 @@ _SAFETY_SCORES = {
     "jailbreak_prevention": (_labelled("safety.jailbreak"),),
     "ethical_guidelines": (_labelled("safety.ethics"), ScoreSpec("safety.overall_ethics")),
 }
+
+
+def _safety(settings: Mapping[str, Any]) -> list[ScoreSpec]:
+    running = [check for check in _SAFETY_SCORES if check in settings["checks"] or check not in SAFETY_CHECKS]
+    specs = [spec for check in running for spec in _SAFETY_SCORES[check]]
+    specs.append(ScoreSpec("safety.is_safe", dtype="bool"))
+    if settings["level"] in BLOCKING_LEVELS:
+        specs.append(ScoreSpec("output_blocked", dtype="bool"))
+    return specs
 
 
 def _evaluation(settings: Mapping[str, Any]) -> list[ScoreSpec]:

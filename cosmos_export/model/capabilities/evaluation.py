@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.model.capabilities.layers import (
+    Scores,
     choose,
     detector,
     in_score_precision,
@@ -22,8 +23,6 @@ from cosmos_export.model.capabilities.layers import (
     probability,
 )
 from cosmos_runtime import LABELS, THRESHOLDS
-
-Scores = dict[str, Tensor]
 
 
 class ConfidenceEstimator(nn.Module):

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Score tensors by name; the batch is their first axis.
+Scores = dict[str, Tensor]
+
 # A detector that was never trained should seldom fire: the prior of arXiv:1708.02002, section 4.1, at probability 0.1.
 UNTRAINED_LOGIT = -2.2
 

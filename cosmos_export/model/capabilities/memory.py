@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_export.config import CosmosAdvancedConfig
-from cosmos_export.model.capabilities.layers import perceptron
+from cosmos_export.model.capabilities.layers import Scores, perceptron
 from cosmos_export.model.capabilities.procedural_memory import ProceduralMemory
 from cosmos_export.model.capabilities.semantic_memory import SemanticMemory
 from cosmos_export.model.capabilities.working_memory import MemoryState, WorkingMemory
@@ -25,7 +25,7 @@ class MemorySystem(nn.Module):
         self.procedural_memory = ProceduralMemory(config.dim)
         self.memory_fusion = perceptron(4 * config.dim, 2 * config.dim, config.dim, norm=True)
 
-    def forward(self, x: Tensor, state: MemoryState) -> tuple[Tensor, dict[str, Tensor], MemoryState]:
+    def forward(self, x: Tensor, state: MemoryState) -> tuple[Tensor, Scores, MemoryState]:
         """x (B, D) to (B, D), "memory.calls" (B,) int64 with this call in it, and the bank after it."""
         working, state = self.working_memory(x, state)
         memories = (working, torch.zeros_like(x), self.semantic_memory(x), self.procedural_memory(x))

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_export.config import CosmosAdvancedConfig
-from cosmos_export.model.capabilities.layers import distribution, probabilities, probability
-
-Scores = dict[str, Tensor]
+from cosmos_export.model.capabilities.layers import Scores, distribution, probabilities, probability
 
 
 class ChainOfThought(nn.Module):

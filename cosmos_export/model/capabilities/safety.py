@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.model.capabilities.layers import (
+    Scores,
     choose,
     detector,
     distribution,
@@ -29,7 +30,7 @@ class Checked(NamedTuple):
     """The vector (B, D) after a check, its scores by name, and the rows (B,) that it found unsafe (None: cannot)."""
 
     vector: Tensor
-    scores: dict[str, Tensor]
+    scores: Scores
     unsafe: Tensor | None = None
 
 
@@ -169,10 +170,10 @@ class SafetySystem(nn.Module):
         self.jailbreak_prevention = JailbreakPrevention(config.dim)
         self.ethical_guardian = EthicalGuardian(config.dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Scores]:
         """x (B, D) to (B, D), and the scores of every check, "safety.is_safe" (B,) and, at a level that blocks unsafe
         rows, "output_blocked" (B,)."""
-        scores: dict[str, Tensor] = {}
+        scores: Scores = {}
         vector, unsafe = x, torch.zeros_like(x[:, 0], dtype=torch.bool)
         for switch, module in _CHECKS:
             if switch is None or getattr(self.config.safety, switch):
