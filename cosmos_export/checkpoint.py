@@ -130,7 +130,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a checkpoint folder: config.json, model.safetensors, model_info.json and, if given, tokenizer.json.
 
-    The tied output projection is stored once, as the embedding.
+    The tied output projection is stored once, as the embedding. The weights are written beside their place and then
+    take it, so a model may be saved where it was loaded from, which its tensors are still mapped to.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,13 +139,22 @@ def save_checkpoint(
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.items() if n != TIED_OUTPUT}
     if EMBEDDING not in tensors and TIED_OUTPUT in state:
         tensors[EMBEDDING] = state[TIED_OUTPUT].detach().cpu().contiguous()
-    save_file(tensors, folder / SAFETENSORS, metadata={"format": "pt"})
-    (folder / SAFETENSORS).chmod(0o644)  # safetensors makes it private; the rest of the folder is not
+    _write_weights(folder / SAFETENSORS, tensors)
     parameters = sum(t.numel() for t in tensors.values())
     info = {"model_type": "CosmosAdvanced", "version": "3.0.0", "total_parameters": parameters}
     (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     if tokenizer is not None and tokenizer.resolve() != (folder / TOKENIZER).resolve():
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+
+
+def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # safetensors makes it private; the rest of the folder is not
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _listed(items: list[str], separator: str, limit: int = 8) -> str:

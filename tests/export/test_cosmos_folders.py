@@ -53,6 +53,16 @@ def test_a_saved_oracle_loads_and_equals_itself(tmp_path: Path, oracle: Path) ->
     torch.testing.assert_close(again(IDS)[0], model(IDS)[0])
 
 
+def test_a_model_may_be_saved_where_it_was_loaded_from(tmp_path: Path, model: CosmosAdvancedModel) -> None:
+    """Its tensors are mapped from the file that is replaced."""
+    model.float().save_pretrained(tmp_path)
+    for _ in range(2):
+        CosmosAdvancedModel.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    again = CosmosAdvancedModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "model_info.json"}
+
+
 @torch.inference_mode()
 def test_some_capabilities_of_a_checkpoint(oracle: Path) -> None:
     whole = CosmosAdvancedModel.from_pretrained(oracle)
