@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -98,7 +98,9 @@ class Workshop:
             if recipe not in recipe_names():
                 raise SkippedError(f"this runtime {precision}: there is no recipe {recipe}")
             self.say(f"exporting {recipe}")
-            export_onnx(Checkpoint.open(self.checkpoint), target, ExportRecipe.load(recipe), effort=Effort.OFF)
+            # What a calibration changes is the values of the weights, which costs minutes and no speed.
+            plain = replace(ExportRecipe.load(recipe), calibration=None)
+            export_onnx(Checkpoint.open(self.checkpoint), target, plain, effort=Effort.OFF)
         return target
 
     def _genai(self, precision: str) -> list[Variant]:

@@ -29,7 +29,7 @@ COLUMNS = (
     ("peak_rss_deep", "at {deep}\nMB", 1e-6, 0),
 )
 # Beside those of the engines, which their own processes tell.
-PACKAGES = ("torch", "onnxruntime", "numpy", "gguf")
+PACKAGES = ("torch", "onnxruntime", "numpy", "gguf", "llama-cpp-python")
 
 
 def rows(variants: list[Variant], results: Results) -> list[dict[str, Any]]:

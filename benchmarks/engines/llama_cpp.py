@@ -17,7 +17,7 @@ class Engine:
     """llama.cpp's defaults (flash attention where it likes, float16 cache); `exact` keeps the cache in float32."""
 
     def __init__(self, *, threads: int, context: int, gguf: str, exact: bool = False) -> None:
-        _silence()
+        silence()
         llama.llama_backend_init()
         model_params = llama.llama_model_default_params()
         model_params.n_gpu_layers = 0
@@ -66,5 +66,6 @@ def _on_log(_level: int, _text: bytes, _user_data: object) -> None:
     """Drops what llama.cpp logs; failures come as return values."""
 
 
-def _silence() -> None:
+def silence() -> None:
+    """Nothing of llama.cpp's on standard error."""
     llama.llama_log_set(_on_log, None)

@@ -2,13 +2,13 @@
 
 import os
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.decoder_graph import DecoderGraph
-from cosmos_runtime.device_loop import DeviceLoops
 from cosmos_runtime.errors import BundleError, InputError, ProviderError, TokenizerError
 from cosmos_runtime.full_sequence_graph import FullSequenceGraph
 from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, SAMPLER, GraphSpec, Manifest, Role
@@ -17,6 +17,9 @@ from cosmos_runtime.signature import check_decoder, check_full_sequence, check_s
 from cosmos_runtime.threads import thread_count
 from cosmos_runtime.tokenizer import Tokenizer
 from cosmos_runtime.validation import check_fixed_axes, token_batch
+
+if TYPE_CHECKING:
+    from cosmos_runtime.device_loop import DeviceLoops
 
 
 def load(
@@ -75,10 +78,12 @@ class Session:
         return Tokenizer.from_file(self.bundle.file(name))
 
     @cached_property
-    def device_loops(self) -> DeviceLoops | None:
+    def device_loops(self) -> "DeviceLoops | None":
         """What decodes without asking the host at every token; None where the bundle has nothing for that."""
         if not isinstance(self.graph, DecoderGraph) or not has_device_loop(self.manifest):
             return None
+        from cosmos_runtime.device_loop import DeviceLoops
+
         return DeviceLoops(self.graph, self.bundle, self.provider)
 
     def logits(self, input_ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
