@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,12 +17,17 @@ from typing import Any
 import onnx_ir as ir
 
 from cosmos_export.checkpoint import CONFIG, TOKENIZER, Checkpoint
-from cosmos_export.config import GEOMETRY
+from cosmos_export.config import GEOMETRY, CosmosAdvancedConfig
 from cosmos_export.errors import TargetError
+from cosmos_export.model.capabilities import diagnostic_settings, entries_read
 from cosmos_export.model.loading import parameter_count
 from cosmos_export.onnx.signature import weights_file
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import MANIFEST_NAME, GraphSpec, Manifest, __version__, describe_file
+
+# What logits are read from, as a manifest says it: the decoder's hidden states, or what the capability heads make of a
+# row's last one.
+LM_HEAD, FUSED_HEAD = "lm", "fused"
 
 # What was installed at export, for whoever has to make the same bundle again.
 _RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers")
@@ -66,9 +71,18 @@ def write_companions(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def seal(
-    folder: Path, name: str, checkpoint: Checkpoint, recipe: ExportRecipe, graphs: Mapping[str, GraphSpec], causal: bool
+    folder: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    graphs: Mapping[str, GraphSpec],
+    causal: bool,
+    capabilities: Sequence[str] | None = None,
 ) -> Manifest:
-    """Writes the manifest over every file of `folder`, with no parity result yet, and returns it."""
+    """Writes the manifest over every file of `folder`, with no parity result yet, and returns it.
+
+    `capabilities` are those of a model with heads; None is the plain decoder.
+    """
     files = sorted(p for p in folder.iterdir() if p.name != MANIFEST_NAME)
     manifest = Manifest(
         name=name,
@@ -77,12 +91,13 @@ def seal(
         versions=_installed_versions(),
         source=dict(checkpoint.origin),
         recipe=recipe.to_dict(),
-        model=_model_facts(checkpoint, causal),
+        model=_model_facts(checkpoint, causal, capabilities),
         generation=checkpoint.config.generation.to_dict(),
         graphs=dict(graphs),
         tokenizer=TOKENIZER if (folder / TOKENIZER).is_file() else None,
         files={p.name: describe_file(p) for p in files},
         parity=None,
+        capabilities=_heads(checkpoint.config, capabilities),
     )
     _write_manifest(folder, manifest)
     return manifest
@@ -99,10 +114,22 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _model_facts(checkpoint: Checkpoint, causal: bool) -> dict[str, Any]:
+def _model_facts(checkpoint: Checkpoint, causal: bool, capabilities: Sequence[str] | None) -> dict[str, Any]:
     config = checkpoint.config
     geometry = {name: getattr(config, name) for name in GEOMETRY}
-    return {**geometry, "causal": causal, "head": "lm", "parameters": parameter_count(config)}
+    head = LM_HEAD if capabilities is None else FUSED_HEAD
+    return {**geometry, "causal": causal, "head": head, "parameters": parameter_count(config, capabilities)}
+
+
+def _heads(config: CosmosAdvancedConfig, capabilities: Sequence[str] | None) -> dict[str, Any] | None:
+    """What a manifest says of capability heads: which there are, what their reports follow from, and how many entries
+    the working memory keeps, and has room for at least."""
+    if capabilities is None:
+        return None
+    size = config.memory.working_memory_size
+    memory = {"size": size, "least": entries_read(size)} if "memory" in capabilities else None
+    settings = diagnostic_settings(config, capabilities)
+    return {"names": list(capabilities), "settings": settings, "memory": memory}
 
 
 def _installed_versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ its place only when it has been proven, so a failed export leaves nothing behind
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cosmos_export.calibration.plan import MOST_PARAMETERS
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ParityError
+from cosmos_export.model.capabilities import capability_set
 from cosmos_export.model.loading import parameter_count
 from cosmos_export.onnx.device_loop import write_samplers
 from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
@@ -48,6 +50,7 @@ def export_onnx(
     recipe: ExportRecipe,
     *,
     causal: bool = True,
+    capabilities: Iterable[str] | None = None,
     effort: Effort = Effort.FULL,
     calibration_text: Path | None = None,
     overwrite: bool = False,
@@ -55,15 +58,18 @@ def export_onnx(
 ) -> ExportedBundle:
     """Exports a checkpoint to a bundle at `out` and proves it equal to the model.
 
-    Where the recipe asks for a calibration, it is on `calibration_text`, or on text that the model writes.
+    With `capabilities` it is the model with these heads (with an empty list, their fusion alone); with None the plain
+    decoder. Where the recipe asks for a calibration, it is on `calibration_text`, or on text that the model writes.
     Raises RecipeError, TargetError, CheckpointError or ExportError, and ParityError (its `report` says where) when the
     bundle is not equal to the model; in every case `out` is as it was before.
     """
     out, progress = Path(out), progress or Silent()
+    heads = None if capabilities is None else capability_set(capabilities)
     recipe.check_fits(checkpoint.config, causal=causal)
+    recipe = _for_heads(recipe, heads, progress)
     with staged_folder(out, overwrite=overwrite) as folder:
         checkpoint, recipe = _calibrated(checkpoint, recipe, calibration_text, progress)
-        manifest = _build(folder, out.name, checkpoint, recipe, causal, progress)
+        manifest = _build(folder, out.name, checkpoint, recipe, causal, heads, progress)
         report = None
         if effort is not Effort.OFF:
             report = verify_bundle(folder, checkpoint, causal=causal, effort=effort, progress=progress)
@@ -74,29 +80,45 @@ def export_onnx(
 
 
 def _build(
-    folder: Path, name: str, checkpoint: Checkpoint, recipe: ExportRecipe, causal: bool, progress: Progress
+    folder: Path,
+    name: str,
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    causal: bool,
+    heads: Sequence[str] | None,
+    progress: Progress,
 ) -> Manifest:
     config, loop = checkpoint.config, DEVICE_LOOP in recipe.graphs
     fused = _fuses_attention(recipe, config, progress)
-    model = traceable(config, recipe.activations, causal=causal, fused_attention=fused)
+    model = traceable(config, recipe.activations, causal=causal, fused_attention=fused, capabilities=heads)
     specs = {
-        graph: graph_spec(graph, config, recipe.opset, activations=recipe.activations, by_lengths=loop)
+        graph: graph_spec(
+            graph, config, recipe.opset, activations=recipe.activations, by_lengths=loop, capabilities=heads
+        )
         for graph in recipe.graphs
         if graph != DEVICE_LOOP
     }
     for graph, spec in specs.items():
         progress.stage(f"Tracing the {graph} graph")
         program = run_passes(trace(model, graph, spec, fused_attention=fused), recipe)
-        attach_weights(program, checkpoint, recipe)
+        attach_weights(program, checkpoint, recipe, heads)
         progress.stage(f"Writing {spec.file} and its weights")
         write_graph(folder, graph, spec.file, program)
     if loop:
         specs |= write_samplers(folder, config)
-    elif DECODER in specs and fused:
+    elif DECODER in specs and fused and heads is None:
         write_genai(folder, specs[DECODER].file, config)
     progress.stage("Sealing the bundle")
     write_companions(folder, checkpoint)
-    return seal(folder, name, checkpoint, recipe, specs, causal)
+    return seal(folder, name, checkpoint, recipe, specs, causal, heads)
+
+
+def _for_heads(recipe: ExportRecipe, heads: Sequence[str] | None, progress: Progress) -> ExportRecipe:
+    """The recipe without what a model with capability heads has no use for."""
+    if heads is None or DEVICE_LOOP not in recipe.graphs:
+        return recipe
+    progress.note("every token of a model with capability heads is a call of its own: it is chosen on the host")
+    return replace(recipe, graphs=tuple(graph for graph in recipe.graphs if graph != DEVICE_LOOP))
 
 
 def _calibrated(

@@ -33,9 +33,10 @@ def model_skeleton(
         return CosmosAdvancedModel(config, causal=causal, capabilities=capabilities).eval().freeze()
 
 
-def parameter_count(config: CosmosAdvancedConfig) -> int:
-    """Parameters of the plain decoder, the tied embedding counted once."""
-    return sum(parameter.numel() for parameter in skeleton(config).parameters())
+def parameter_count(config: CosmosAdvancedConfig, capabilities: Iterable[str] | None = None) -> int:
+    """Parameters of the plain decoder, or of the model with these heads; the tied embedding is counted once."""
+    model = skeleton(config) if capabilities is None else model_skeleton(config, capabilities=capabilities)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_decoder(checkpoint: Checkpoint, *, causal: bool = True, dtype: torch.dtype = torch.float32) -> CosmosDecoder:

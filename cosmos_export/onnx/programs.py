@@ -45,7 +45,7 @@ class DecoderProgram(nn.Module):
         input_ids, attention_mask, logit_offsets, *cache = inputs
         attend = self._attention(input_ids, attention_mask, cache)
         hidden = self.model.hidden_states(input_ids, attend)  # (B, T, D)
-        wanted = _pick(hidden, attention_mask, logit_offsets)  # (B, n, D)
+        wanted = pick(hidden, attention_mask, logit_offsets)  # (B, n, D)
         return (self.model.logits(wanted).to(torch.float32), *attend.cache)
 
     def _attention(
@@ -83,7 +83,7 @@ class DecoderByLengthsProgram(nn.Module):
         return (self.model.logits(wanted).to(torch.float32), *attend.cache)
 
 
-def _pick(hidden: Tensor, attention_mask: Tensor, offsets: Tensor) -> Tensor:
+def pick(hidden: Tensor, attention_mask: Tensor, offsets: Tensor) -> Tensor:
     """The rows of `hidden` (B, T, D) that lie `offsets` (n,) before each batch row's last token: (B, n, D).
 
     With right padding a row's last token of a prefill is where its mask ends; when decoding it is the only one.

@@ -5,10 +5,12 @@ batch B    sequence T    total_sequence N    cache_length L    num_logits n    V
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ExportError
+from cosmos_export.onnx.head_signature import ENDS_CALL, head_tensors
 from cosmos_runtime import DECODER, FULL_SEQUENCE, GraphSpec, Role, TensorSpec
 
 # Axes.
@@ -25,8 +27,9 @@ INPUT_IDS, ATTENTION_MASK, LOGIT_OFFSETS, LOGITS = "input_ids", "attention_mask"
 LAST_INDEX, TOTAL_LENGTH, LOGIT_ROWS = "last_index", "total_length", "logit_rows"
 PAST, PRESENT = "past_key_values.{layer}.{part}", "present.{layer}.{part}"
 
-# Inputs that may be left out, and what they are then. The decoder's logits are those of the last position.
-DEFAULT_INPUTS = {LOGIT_OFFSETS: [0]}
+# Inputs that may be left out, and what they are then. The decoder's logits are those of the last position, and with
+# capability heads a run is a call.
+DEFAULT_INPUTS: dict[str, list[int] | list[bool]] = {LOGIT_OFFSETS: [0], ENDS_CALL: [True]}
 
 # Initializers carry the name of the checkpoint tensor that they hold. One that is stored transposed, (in, out) instead
 # of torch's (out, in), says so in its name.
@@ -51,11 +54,18 @@ def weights_file(graph: str) -> str:
 
 
 def graph_spec(
-    graph: str, config: CosmosAdvancedConfig, opset: int, *, activations: str = "float32", by_lengths: bool = False
+    graph: str,
+    config: CosmosAdvancedConfig,
+    opset: int,
+    *,
+    activations: str = "float32",
+    by_lengths: bool = False,
+    capabilities: Sequence[str] | None = None,
 ) -> GraphSpec:
     """Signature of one of a recipe's graphs, whose cache has the type `activations`.
 
     `by_lengths` is the decoder of a device loop: told lengths instead of a mask, logits (n, V) of chosen rows.
+    `capabilities` are those of a model with heads, perhaps none; None is the plain decoder.
     Raises ExportError for a graph that this version does not know.
     """
     if graph not in (FULL_SEQUENCE, DECODER):
@@ -65,6 +75,11 @@ def graph_spec(
         inputs, outputs = _decoder_by_lengths(config) if by_lengths else _decoder(config)
         past, present = _cache(config, activations)
         inputs, outputs = [*inputs, *past], [*outputs, *present]
+    if capabilities is not None:
+        given, kept = head_tensors(
+            config, capabilities, batch=BATCH, activations=activations, with_query=graph == DECODER
+        )
+        inputs, outputs = [*inputs, *given], [*outputs, *kept]
     return GraphSpec(file=graph_file(graph), opset=opset, inputs=tuple(inputs), outputs=tuple(outputs))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -19,29 +19,35 @@ from torch.export import Dim
 
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ExportError
-from cosmos_export.model.decoder import CosmosDecoder
-from cosmos_export.model.loading import skeleton
+from cosmos_export.model.backbone import CosmosBackbone
+from cosmos_export.model.capabilities import entries_read
+from cosmos_export.model.cosmos import CosmosAdvancedModel
+from cosmos_export.model.loading import model_skeleton, skeleton
+from cosmos_export.onnx.head_programs import DecoderHeadsProgram, FullSequenceHeadsProgram
+from cosmos_export.onnx.head_signature import MEMORY_SLOTS
 from cosmos_export.onnx.programs import DecoderByLengthsProgram, DecoderProgram, FullSequenceProgram
 from cosmos_export.onnx.signature import BATCH, CACHE_LENGTH, DEFAULT_INPUTS, NUM_LOGITS, SEQUENCE, TOTAL_SEQUENCE
 from cosmos_runtime import DECODER, GraphSpec, Role, TensorSpec
 
 # Sizes to trace with: no two alike, so that none is taken for another, and none 1, which torch.export would take for a
 # constant.
-_EXAMPLE_SIZES = {BATCH: 2, SEQUENCE: 3, TOTAL_SEQUENCE: 5, CACHE_LENGTH: 7, NUM_LOGITS: 4}
+_EXAMPLE_SIZES = {BATCH: 2, SEQUENCE: 3, TOTAL_SEQUENCE: 5, CACHE_LENGTH: 7, NUM_LOGITS: 4, MEMORY_SLOTS: 6}
 # Axes that no configuration limits.
 _UNLIMITED = (BATCH, NUM_LOGITS)
+# Axes that the model's positions limit.
+_OF_TOKENS = (SEQUENCE, TOTAL_SEQUENCE, CACHE_LENGTH)
 
 _WITHIN_PROGRAM = "model."  # what a program's wrapping puts before the checkpoint's names
 
 
-def trace(model: CosmosDecoder, graph: str, spec: GraphSpec, *, fused_attention: bool = False) -> ir.Model:
+def trace(model: CosmosBackbone, graph: str, spec: GraphSpec, *, fused_attention: bool = False) -> ir.Model:
     """One of a recipe's graphs, traced from a skeleton model, with the names, axes and opset of `spec`.
 
     `fused_attention` lets the decoder use ONNX Runtime's own attention operator.
     Initializers are left without values; `cosmos_export.onnx.weights` gives them theirs.
     Raises ExportError when the model cannot be traced with its axes dynamic.
     """
-    program = _export(_program(model, graph, spec, fused_attention), spec, model.config.max_sequence_length)
+    program = _export(_program(model, graph, spec, fused_attention), spec, model.config)
     with _quiet():
         onnx_program = torch.onnx.export(
             program,
@@ -65,32 +71,51 @@ def trace(model: CosmosDecoder, graph: str, spec: GraphSpec, *, fused_attention:
 
 
 def traceable(
-    config: CosmosAdvancedConfig, activations: str, *, causal: bool = True, fused_attention: bool = False
-) -> CosmosDecoder:
-    """A skeleton that computes in the type `activations`, for `trace`."""
+    config: CosmosAdvancedConfig,
+    activations: str,
+    *,
+    causal: bool = True,
+    fused_attention: bool = False,
+    capabilities: Sequence[str] | None = None,
+) -> CosmosBackbone:
+    """A skeleton that computes in the type `activations`, for `trace`: with the heads of `capabilities`, or with
+    None a plain decoder."""
     dtype = getattr(torch, activations)
-    model = skeleton(config, causal=causal).to(dtype)
+    model: CosmosBackbone
+    if capabilities is None:
+        model = skeleton(config, causal=causal).to(dtype)
+    else:
+        model = model_skeleton(config, causal=causal, capabilities=capabilities).to(dtype)
     if fused_attention:  # which wants the rotary tables in the type of its queries
         model.rope.rebuild(torch.device("meta"), dtype)
     return model
 
 
-def _program(model: CosmosDecoder, graph: str, spec: GraphSpec, fused: bool) -> nn.Module:
+def _program(model: CosmosBackbone, graph: str, spec: GraphSpec, fused: bool) -> nn.Module:
+    if isinstance(model, CosmosAdvancedModel):
+        return DecoderHeadsProgram(model, fused=fused) if graph == DECODER else FullSequenceHeadsProgram(model)
     if graph != DECODER:
         return FullSequenceProgram(model)
     by_lengths = any(tensor.role == Role.LAST_INDEX for tensor in spec.inputs)
     return DecoderByLengthsProgram(model, fused=fused) if by_lengths else DecoderProgram(model, fused=fused)
 
 
-def _export(program: nn.Module, spec: GraphSpec, limit: int) -> torch.export.ExportedProgram:
-    examples = tuple(_example(tensor, limit) for tensor in spec.inputs)
-    dims = {axis: Dim(axis, min=1, max=None if axis in _UNLIMITED else limit) for axis in _axes(spec)}
+def _export(program: nn.Module, spec: GraphSpec, config: CosmosAdvancedConfig) -> torch.export.ExportedProgram:
+    examples = tuple(_example(tensor, config.max_sequence_length) for tensor in spec.inputs)
+    dims = {axis: _dim(axis, config) for axis in _axes(spec)}
     shapes = tuple({i: dims.get(str(a), Dim.STATIC) for i, a in enumerate(t.shape)} for t in spec.inputs)
     try:
         with _quiet():
             return torch.export.export(program, (examples,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:  # torch raises many types here, none of them public
         raise ExportError(f"torch.export could not trace with dynamic {', '.join(dims)}: {error}") from error
+
+
+def _dim(axis: str, config: CosmosAdvancedConfig) -> Dim:
+    if axis == MEMORY_SLOTS:
+        size = config.memory.working_memory_size
+        return Dim(axis, min=entries_read(size), max=size)
+    return Dim(axis, min=1, max=None if axis in _UNLIMITED else config.max_sequence_length)
 
 
 def _axes(spec: GraphSpec) -> list[str]:
@@ -106,7 +131,7 @@ def _example(tensor: TensorSpec, limit: int) -> Tensor:
 def _example_size(axis: int | str, limit: int) -> int:
     if isinstance(axis, int):
         return axis
-    return _EXAMPLE_SIZES[axis] if axis in _UNLIMITED else min(_EXAMPLE_SIZES[axis], limit)
+    return min(_EXAMPLE_SIZES[axis], limit) if axis in _OF_TOKENS else _EXAMPLE_SIZES[axis]
 
 
 def _forget_values(model: ir.Model) -> None:

@@ -5,7 +5,7 @@ Nothing is held: a tensor is mapped from the checkpoint, converted, written and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.errors import ExportError
-from cosmos_export.model.loading import skeleton
+from cosmos_export.model.capabilities import weight_source
+from cosmos_export.model.loading import model_skeleton, skeleton
 from cosmos_export.model.rope import rotary_tables
 from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize, quantize, stack_rows
 from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, QuantizedPart, parts_of, quantized_part, source_of
@@ -57,7 +58,16 @@ class WeightReader:
         return dequantize(stored, matrix.shape[1], form)
 
     def _matrix(self, source: str) -> Tensor:
-        return torch.cat([self.checkpoint.tensor(part).to(torch.float32) for part in parts_of(source)])
+        parts = [self._tensor(part) for part in parts_of(source)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _tensor(self, name: str) -> Tensor:
+        """A tensor of the model in float32: the checkpoint's of that name, or made of several."""
+        source = weight_source(name)
+        return self._stored(name) if source is None else source.read(self._stored)
+
+    def _stored(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(name).to(torch.float32)
 
     def _quantized(self, source: str, form: Quantization) -> QuantizedMatrix:
         """As a calibration left it, where there was one; else rounded here, each block for itself."""
@@ -97,12 +107,17 @@ class WeightReader:
         return tensor
 
 
-def attach_weights(model: ir.Model, checkpoint: Checkpoint, recipe: ExportRecipe) -> None:
+def attach_weights(
+    model: ir.Model, checkpoint: Checkpoint, recipe: ExportRecipe, capabilities: Sequence[str] | None = None
+) -> None:
     """Sets every valueless initializer of `model` to a lazy tensor that reads `checkpoint`.
 
+    `capabilities` are those of a model with heads; None is the plain decoder.
     Raises CheckpointError when tensors are missing or have another shape than the model's.
     """
-    checkpoint.require({name: tuple(p.shape) for name, p in skeleton(checkpoint.config).state_dict().items()})
+    config = checkpoint.config
+    wanted = skeleton(config) if capabilities is None else model_skeleton(config, capabilities=capabilities)
+    checkpoint.require({name: tuple(p.shape) for name, p in wanted.state_dict().items()})
     reader = WeightReader(checkpoint, recipe)
     for name, value in model.graph.initializers.items():
         if value.const_value is None:

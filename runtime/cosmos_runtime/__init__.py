@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cosmos_runtime.errors import BundleError, CosmosRuntimeError, InputError, ProviderError, TokenizerError
     from cosmos_runtime.files import describe_file
     from cosmos_runtime.generation import Generation, TextGeneration, generate, generate_text
+    from cosmos_runtime.heads import Diagnosis, MemoryBank
     from cosmos_runtime.manifest import (
         DECODER,
         DEVICE_LOOP,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
         score_specs,
     )
     from cosmos_runtime.scoring import Score, score
-    from cosmos_runtime.session import Session, load
+    from cosmos_runtime.session import Output, Session, load
     from cosmos_runtime.tokenizer import TextStream, Tokenizer
 
     __version__: str
@@ -72,11 +73,14 @@ __all__ = [
     "Continuation",
     "CosmosRuntimeError",
     "Decoder",
+    "Diagnosis",
     "FileEntry",
     "Generation",
     "GraphSpec",
     "InputError",
     "Manifest",
+    "MemoryBank",
+    "Output",
     "ProviderError",
     "RewindingDecoder",
     "Role",
@@ -113,6 +117,7 @@ _PUBLIC_NAMES = {
     "errors": ("BundleError", "CosmosRuntimeError", "InputError", "ProviderError", "TokenizerError"),
     "files": ("describe_file",),
     "generation": ("Generation", "TextGeneration", "generate", "generate_text"),
+    "heads": ("Diagnosis", "MemoryBank"),
     "manifest": (
         "DECODER",
         "DEVICE_LOOP",
@@ -138,7 +143,7 @@ _PUBLIC_NAMES = {
         "score_specs",
     ),
     "scoring": ("Score", "score"),
-    "session": ("Session", "load"),
+    "session": ("Output", "Session", "load"),
     "tokenizer": ("TextStream", "Tokenizer"),
 }
 _HOME = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}

@@ -11,6 +11,7 @@ import numpy as np
 from cosmos_runtime.arrays import Floats, TokenIds
 from cosmos_runtime.decoder_graph import Appender, DecoderGraph, Stepper, chunks
 from cosmos_runtime.decoding import FullSequenceDecoder
+from cosmos_runtime.heads import Diagnosis
 from cosmos_runtime.session import Session
 
 
@@ -25,23 +26,31 @@ class BatchDecoder(Protocol):
         """Append one token to each of some rows; logits (n, V) of the positions after them. A row left out is over."""
         ...
 
+    def diagnosis(self, row: int) -> Diagnosis | None:
+        """What capability heads found of a row in the last call that it was part of, valid until the next one; None
+        where there are none."""
+        ...
+
     def cancel(self) -> None:
         """Make the computation in progress fail where that is possible; may be called from another thread."""
         ...
 
 
-def new_batch_decoder(session: Session, batch: int, capacity: int) -> BatchDecoder:
-    """The fastest decoder that a session's bundle allows, for rows of up to `capacity` tokens."""
+def new_batch_decoder(session: Session, batch: int, capacity: int, calls: int | None = None) -> BatchDecoder:
+    """The fastest decoder that a session's bundle allows, for rows of up to `capacity` tokens.
+
+    With capability heads there is room for `calls` calls of a row, or for one a token.
+    """
     if isinstance(session.graph, DecoderGraph):
-        return CachedBatchDecoder(session.graph, batch, capacity)
-    return RowByRowDecoder(session, batch)
+        return CachedBatchDecoder(session.graph, batch, capacity, calls or capacity)
+    return RowByRowDecoder(session, batch, calls or capacity)
 
 
 class RowByRowDecoder:
     """Every row for itself, for graphs that keep nothing."""
 
-    def __init__(self, session: Session, batch: int) -> None:
-        self._decoders = [FullSequenceDecoder(session) for _ in range(batch)]
+    def __init__(self, session: Session, batch: int, calls: int | None = None) -> None:
+        self._decoders = [FullSequenceDecoder(session, calls) for _ in range(batch)]
 
     def prefill(self, row: int, ids: TokenIds) -> Floats:
         """Start a row with its prompt (T,); logits (V,) of the position after it."""
@@ -51,6 +60,10 @@ class RowByRowDecoder:
         """Append one token to each of some rows; logits (n, V) of the positions after them."""
         return np.stack([self._decoders[row].decode_one_token(token) for row, token in zip(rows, tokens, strict=True)])
 
+    def diagnosis(self, row: int) -> Diagnosis | None:
+        """What capability heads found of a row in its last call."""
+        return self._decoders[row].diagnosis
+
     def cancel(self) -> None:
         """A run in progress comes to its end."""
 
@@ -58,20 +71,22 @@ class RowByRowDecoder:
 class CachedBatchDecoder:
     """One cache for all rows. Prompts go in one by one, each into its own row; then one run a step serves every row."""
 
-    def __init__(self, graph: DecoderGraph, batch: int, capacity: int) -> None:
+    def __init__(self, graph: DecoderGraph, batch: int, capacity: int, calls: int | None = None) -> None:
         self._graph = graph
-        self._cache = graph.new_cache(batch, capacity)
-        self._stepper = Stepper(graph, self._cache)
+        self._cache, self._bank = graph.new_cache(batch, capacity), graph.new_memory(batch, calls)
+        self._stepper = Stepper(graph, self._cache, self._bank)
+        self._diagnoses: dict[int, Diagnosis | None] = {}
         self._appender: Appender | None = None
         self._lengths = np.ones(batch, np.int64)
 
     def prefill(self, row: int, ids: TokenIds) -> Floats:
         """Start a row with its prompt (T,); logits (V,) of the position after it."""
         logits = self._graph.new_logits(1, 1)
-        self._appender = Appender(self._graph, self._cache, row)
+        self._appender = Appender(self._graph, self._cache, row, bank=self._bank)
         for part in chunks(len(ids)):
-            self._appender.append(ids[None, part], part.start, logits)
+            self._appender.append(ids[None, part], part.start, logits, ends_call=part.stop == len(ids))
         self._lengths[row] = len(ids)
+        self._diagnoses[row] = next(iter(self._appender.diagnoses), None)
         last: Floats = logits[0, 0]
         return last
 
@@ -81,7 +96,12 @@ class CachedBatchDecoder:
         ids[rows], lengths[rows] = tokens, self._lengths[rows] + 1
         self._lengths = lengths
         logits: Floats = self._stepper.step(ids, lengths)[rows]
+        self._diagnoses = {row: self._stepper.diagnosis(row) for row in rows}
         return logits
+
+    def diagnosis(self, row: int) -> Diagnosis | None:
+        """What capability heads found of a row in the last call that it was part of, valid until the next one."""
+        return self._diagnoses.get(row)
 
     def cancel(self) -> None:
         """Make the run in progress and every later one fail."""

@@ -24,6 +24,7 @@ def generate_batch(
     sampling: Sampling | Sequence[Sampling] | None = None,
     stop_ids: Sequence[int] = (),
     device_loop: bool | None = None,
+    diagnostics: bool = False,
 ) -> "BatchGeneration":
     """Continue several prompts, each the token ids (T,) of its row; a row's answer is the one it gets alone.
 
@@ -43,6 +44,7 @@ def generate_batch(
                 min_new_tokens=min_new_tokens,
                 sampling=choice,
                 stop_ids=stop_ids,
+                diagnostics=diagnostics,
             )
         except InputError as error:
             raise InputError(f"row {row}: {error}") from error
@@ -55,7 +57,7 @@ def generate_batch(
 class BatchGeneration(Iterator[list[tuple[int, int]]]):
     """An iterator of steps, each a list of (row, new token id) of the rows that go on; made by `generate_batch`.
 
-    `rows` holds what is known of each row: prompt, tokens so far, sampling, finish reason.
+    `rows` holds what is known of each row: prompt, tokens so far, sampling, finish reason, diagnostics.
     """
 
     def __init__(self, session: Session, rows: Sequence[Continuation]) -> None:
@@ -106,19 +108,28 @@ class BatchGeneration(Iterator[list[tuple[int, int]]]):
         if not running:
             return []
         try:
-            if self._decoder is None:
-                return self._start(running)
-            logits = self._decoder.decode(running, [self.rows[row].tokens[-1] for row in running])
-            return list(zip(running, logits, strict=True))
+            logits = self._start(running) if self._decoder is None else self._step(self._decoder, running)
         except CosmosRuntimeError:
             if self._running():
                 raise
             return []
+        return [(row, of_row) for row, of_row in logits if self.rows[row].finish_reason is None]
 
     def _start(self, running: list[int]) -> list[tuple[int, Floats]]:
         capacity = max(self.rows[row].capacity for row in running)
-        decoder = self._decoder = new_batch_decoder(self._session, len(self.rows), capacity)
-        return [(row, decoder.prefill(row, self.rows[row].prompt_ids)) for row in running]
+        calls = max(self.rows[row].most_calls for row in running)
+        decoder = self._decoder = new_batch_decoder(self._session, len(self.rows), capacity, calls)
+        logits = []
+        for row in running:
+            logits.append((row, decoder.prefill(row, self.rows[row].prompt_ids)))
+            self.rows[row].examine(decoder.diagnosis(row))
+        return logits
+
+    def _step(self, decoder: BatchDecoder, running: list[int]) -> list[tuple[int, Floats]]:
+        logits = decoder.decode(running, [self.rows[row].tokens[-1] for row in running])
+        for row in running:
+            self.rows[row].examine(decoder.diagnosis(row))
+        return list(zip(running, logits, strict=True))
 
 
 class DeviceBatchGeneration(BatchGeneration):

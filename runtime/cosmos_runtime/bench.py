@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from cosmos_runtime.arrays import TokenIds
+from cosmos_runtime.continuation import Continuation
 from cosmos_runtime.decoding import new_decoder
 from cosmos_runtime.errors import InputError
 from cosmos_runtime.generation import Generation, new_continuation
+from cosmos_runtime.heads import Diagnosis
 from cosmos_runtime.session import Session
 
 
@@ -90,12 +92,20 @@ def peak_memory_mb() -> float | None:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
+class _Heedless(Continuation):
+    """A step that is blocked takes as long as any other."""
+
+    def examine(self, diagnosis: Diagnosis | None) -> None:
+        """Goes on, whatever capability heads found."""
+
+
 def _run(session: Session, prompt: TokenIds, new_tokens: int) -> Run:
     continuation = new_continuation(
         session, prompt, max_new_tokens=new_tokens, min_new_tokens=0, sampling=None, stop_ids=()
     )
-    decoder = new_decoder(session, continuation.capacity)
-    generation = Generation(continuation, lambda: decoder)
+    decoder = new_decoder(session, continuation.capacity, continuation.most_calls)
+    heedless = _Heedless(continuation.prompt_ids, continuation.limits, continuation.sampling)
+    generation = Generation(heedless, lambda: decoder)
     prefill_s = _timed_step(generation)
     token_s, graph_s = [], []
     for _ in range(new_tokens - 1):

@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, SupportsIndex, TypeAlias
+from typing import Any, Literal, SupportsIndex, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from cosmos_runtime.arrays import Floats, TokenIds
 from cosmos_runtime.errors import InputError
+from cosmos_runtime.heads import Diagnosis
 from cosmos_runtime.sampling import Sampling, sample
 from cosmos_runtime.validation import token_count
 
-FinishReason: TypeAlias = Literal["length", "context", "stop"]
+FinishReason: TypeAlias = Literal["length", "context", "stop", "blocked"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,15 @@ class Continuation:
     """`prompt` holds the prompt's ids, `tokens` the new ones so far, `sampling` the options with the seed in use.
 
     `finish_reason` is None while running, then "stop" (a stop id came, or the caller's wish), "length"
-    (`max_new_tokens` reached) or "context" (prompt and new tokens fill `max_sequence_length`).
+    (`max_new_tokens` reached), "context" (prompt and new tokens fill `max_sequence_length`) or "blocked" (the model's
+    safety head withheld the next token as unsafe).
+    `diagnostics`, where they are wanted, holds what the model's capability heads reported of each call so far: the one
+    that `tokens[i]` was chosen from is `diagnostics[i]`, and one that ended the answer instead comes last.
     """
 
-    def __init__(self, prompt: TokenIds, limits: Limits, sampling: Sampling) -> None:
+    def __init__(self, prompt: TokenIds, limits: Limits, sampling: Sampling, *, diagnostics: bool = False) -> None:
+        self.diagnostics: list[dict[str, Any]] = []
+        self._wants_diagnostics = diagnostics
         self.prompt: list[int] = prompt.tolist()
         self.tokens: list[int] = []
         self.sampling = sampling.seeded()
@@ -71,6 +77,11 @@ class Continuation:
         return len(self.prompt) + len(self.tokens)
 
     @property
+    def most_calls(self) -> int:
+        """How many runs of the model it can take: one for the prompt, and one for each new token but the last."""
+        return max(self.capacity - len(self.prompt), 1)
+
+    @property
     def limits(self) -> Limits:
         """When it ends."""
         return self._limits
@@ -78,6 +89,16 @@ class Continuation:
     def uniforms(self) -> npt.NDArray[np.float64]:
         """The numbers in [0, 1) that the remaining tokens are drawn with, as `choose` would draw them one by one."""
         return self._rng.random(self.capacity - self.length)
+
+    def examine(self, diagnosis: Diagnosis | None) -> None:
+        """Note what capability heads found (None: there are none) in the call that the next token is chosen from; a
+        blocked one ends the answer."""
+        if diagnosis is None:
+            return
+        if self._wants_diagnostics:
+            self.diagnostics.append(diagnosis.report())
+        if diagnosis.blocked:
+            self.finish_reason = self.finish_reason or "blocked"
 
     def choose(self, logits: Floats) -> int | None:
         """Choose and keep the next token from its logits (V,); None where that, or `stop`, ended the answer."""

@@ -14,6 +14,7 @@ from cosmos_runtime.binding import GraphBinding
 from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.cache import KeyValueCache, cache_length
 from cosmos_runtime.device_stream import HostStream, Stream
+from cosmos_runtime.heads import Diagnosis, HeadBinding, MemoryBank, has_heads
 from cosmos_runtime.manifest import GraphSpec, Role
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class DecoderGraph:
         self, inference: "onnxruntime.InferenceSession", spec: GraphSpec, bundle: Bundle, stream: Stream | None = None
     ) -> None:
         self.spec, self.stream = spec, stream or HostStream()
-        self._inference, self._place = inference, str(bundle.path)
+        self._inference, self._place, self._manifest = inference, str(bundle.path), bundle.manifest
         self.tokens, self.logits = spec.input(Role.TOKENS).name, spec.output(Role.LOGITS).name
         self.vocab_size, self.max_sequence_length = bundle.manifest.vocab_size, bundle.manifest.max_sequence_length
 
@@ -51,6 +52,17 @@ class DecoderGraph:
         """A cache for `batch` rows of up to `tokens` tokens."""
         return KeyValueCache(self.spec, batch, cache_length(tokens, self.max_sequence_length), self.stream)
 
+    def new_memory(self, batch: int, calls: int | None = None) -> MemoryBank | None:
+        """What capability heads keep of `batch` rows, for so many calls (None: as many as the model remembers); None
+        for a plain decoder."""
+        if not has_heads(self._manifest):
+            return None
+        return MemoryBank(self.spec, self._manifest, batch, calls, self.stream)
+
+    def bind_heads(self, binding: GraphBinding, bank: MemoryBank | None, rows: slice) -> HeadBinding | None:
+        """The heads' tensors of some rows; None for a plain decoder."""
+        return None if bank is None else HeadBinding(self.spec, self._manifest, binding, bank, rows)
+
     def new_logits(self, batch: int, positions: int) -> Floats:
         """A buffer (B, n, V) of the graph's own type."""
         return np.empty((batch, positions, self.vocab_size), self.spec.output(Role.LOGITS).dtype)
@@ -60,16 +72,26 @@ class DecoderGraph:
         binding.bind_output(self.logits, logits.reshape(-1, self.vocab_size) if self.by_lengths else logits)
 
     def all_logits(self, ids: TokenIds) -> Floats:
-        """Logits (B, T, V) of every position of ids (B, T), in a cache of their own."""
+        """Logits (B, T, V) of every position of ids (B, T), in a cache of their own and a memory of one call."""
+        return self.call(ids, self.new_memory(len(ids), calls=1))[0]
+
+    def call(self, ids: TokenIds, bank: MemoryBank | None) -> tuple[Floats, list[Diagnosis]]:
+        """Logits (B, T, V) of every position of ids (B, T), in a cache of their own, and what the heads found of each
+        row; `bank` has the calls before."""
         batch, length = ids.shape
-        logits = self.new_logits(batch, length)
+        logits, diagnoses = self.new_logits(batch, length), []
         cache = self.new_cache(batch if length <= CHUNK else 1, length)
         # Several new tokens on top of a filled cache want a batch of one, so long rows go one by one.
         for rows in [slice(0, batch)] if length <= CHUNK else [slice(row, row + 1) for row in range(batch)]:
-            appender = Appender(self, cache)
+            appender = Appender(self, cache, bank=bank, bank_rows=rows)
             for part in chunks(length):
-                appender.append(ids[rows, part], part.start, logits[rows, part])
-        return logits
+                appender.append(ids[rows, part], part.start, logits[rows, part], ends_call=part.stop == length)
+            found = appender.diagnoses
+            for row, diagnosis in enumerate(found, rows.start):
+                if diagnosis.blocked:  # pieces before the last one did not know
+                    logits[row] = 0
+            diagnoses += found
+        return logits, diagnoses
 
 
 class Feed(Protocol):
@@ -142,20 +164,42 @@ class LengthFeed:
 
 
 class Appender:
-    """Appends tokens to a cache (or to one row of it), any number at a time, with logits of the last n of them."""
+    """Appends tokens to a cache (or to one row of it), any number at a time, with logits of the last n of them.
 
-    def __init__(self, graph: DecoderGraph, cache: KeyValueCache, row: int | None = None) -> None:
+    With capability heads, `bank` is their memory, of which `bank_rows` (the cache's, unless said otherwise) are used.
+    """
+
+    def __init__(
+        self,
+        graph: DecoderGraph,
+        cache: KeyValueCache,
+        row: int | None = None,
+        *,
+        bank: MemoryBank | None = None,
+        bank_rows: slice | None = None,
+    ) -> None:
         self._graph = graph
         self.binding = graph.new_binding()
         cache.bind(self.binding, row)
-        self._feed = graph.new_feed(cache.batch if row is None else 1, cache.length)
+        self._rows = slice(0, cache.batch) if row is None else slice(row, row + 1)
+        self._feed = graph.new_feed(self._rows.stop - self._rows.start, cache.length)
+        self._heads = graph.bind_heads(self.binding, bank, bank_rows or self._rows)
 
-    def append(self, ids: TokenIds, before: int, logits: Floats) -> None:
-        """Put ids (B, T) behind the first `before` tokens of every row; logits (B, n, V) receives the last n of T."""
+    @property
+    def diagnoses(self) -> list[Diagnosis]:
+        """What the heads found of each row in the last call, valid until the next one; none for a plain decoder."""
+        rows = range(self._rows.stop - self._rows.start)
+        return [] if self._heads is None else [self._heads.diagnosis(row) for row in rows]
+
+    def append(self, ids: TokenIds, before: int, logits: Floats, *, ends_call: bool = True) -> None:
+        """Put ids (B, T) behind the first `before` tokens of every row; logits (B, n, V) receives the last n of T.
+
+        Where they do not end a call, capability heads have nothing to do with the logits, and remember nothing.
+        """
         self.binding.bind_input(self._graph.tokens, np.ascontiguousarray(ids))
         self._feed.append(self.binding, before, ids.shape[1], logits.shape[1])
         self._graph.bind_logits(self.binding, logits)
-        self.binding.run()
+        _run(self._graph, self.binding, self._heads, ends_call)
 
 
 class Stepper:
@@ -164,7 +208,7 @@ class Stepper:
     Everything stays bound; from step to step only what says how long rows are changes.
     """
 
-    def __init__(self, graph: DecoderGraph, cache: KeyValueCache) -> None:
+    def __init__(self, graph: DecoderGraph, cache: KeyValueCache, bank: MemoryBank | None = None) -> None:
         self._graph = graph
         self.binding = graph.new_binding()
         cache.bind(self.binding)
@@ -173,6 +217,11 @@ class Stepper:
         self._feed = graph.new_feed(cache.batch, cache.length)
         self._feed.append(self.binding, 0, 1, 1)  # which positions get logits stays as it is
         graph.bind_logits(self.binding, self._logits)
+        self._heads = graph.bind_heads(self.binding, bank, slice(0, cache.batch))
+
+    def diagnosis(self, row: int = 0) -> Diagnosis | None:
+        """What the heads found of a row in the last step, valid until the next one; None for a plain decoder."""
+        return None if self._heads is None else self._heads.diagnosis(row)
 
     def step(self, tokens: npt.ArrayLike, lengths: npt.NDArray[np.int64] | int) -> Floats:
         """Append tokens (B,); `lengths` (B,), or an int for a batch of one, count them in. Logits (B, V), valid until
@@ -180,9 +229,17 @@ class Stepper:
         self._tokens[:, 0] = tokens
         self.binding.bind_input(self._graph.tokens, self._tokens)
         self._feed.step(self.binding, lengths)
-        self.binding.run()
+        _run(self._graph, self.binding, self._heads, ends_call=True)
         logits: Floats = self._logits[:, 0]
         return logits
+
+
+def _run(graph: DecoderGraph, binding: GraphBinding, heads: HeadBinding | None, ends_call: bool) -> None:
+    if heads is not None:
+        heads.prepare(graph.stream, ends_call=ends_call)
+    binding.run()
+    if heads is not None:
+        heads.done(ends_call=ends_call)
 
 
 def chunks(length: int, start: int = 0) -> Iterator[slice]:

@@ -1,6 +1,7 @@
 """Continue a prompt, token by token (`generate`) or as streamed text (`generate_text`)."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from cosmos_runtime.continuation import Continuation, FinishReason, Limits
 from cosmos_runtime.decoding import Decoder, new_decoder
 from cosmos_runtime.device_loop import DeviceLoop, DeviceLoops
 from cosmos_runtime.errors import CosmosRuntimeError, InputError
+from cosmos_runtime.heads import has_heads
 from cosmos_runtime.lookup import SpeculatingDecoder
 from cosmos_runtime.sampling import Sampling
 from cosmos_runtime.session import Session
@@ -29,6 +31,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     speculate: int = 0,
     device_loop: bool | None = None,
+    diagnostics: bool = False,
 ) -> "Generation":
     """Continue the token ids (T,) of one prompt; greedily where `sampling` is None.
 
@@ -38,9 +41,11 @@ def generate(
     `SpeculatingDecoder`).
     `device_loop` says whether tokens are chosen on the device, without asking the host at each (see `device_loop`):
     by default on devices other than the CPU, as far as the bundle can.
+    A model with capability heads ends where it blocks its output (finish reason "blocked"); with `diagnostics`, what
+    they report of each token's call is kept in `Generation.diagnostics`.
 
-    Raises: InputError for a bad prompt, length or stop id, for speculation without greedy sampling, or where
-    `device_loop` is wanted and the bundle cannot.
+    Raises: InputError for a bad prompt, length or stop id, for speculation without greedy sampling or with capability
+    heads, or where `device_loop` or `diagnostics` are wanted and the bundle cannot.
     """
     continuation = new_continuation(
         session,
@@ -49,6 +54,7 @@ def generate(
         min_new_tokens=min_new_tokens,
         sampling=sampling,
         stop_ids=stop_ids,
+        diagnostics=diagnostics,
     )
     most = token_count("speculate", speculate, minimum=0)
     if most and not continuation.sampling.is_greedy:
@@ -56,12 +62,17 @@ def generate(
             f"speculate: expected greedy sampling, got temperature {continuation.sampling.temperature}; "
             f"use temperature 0, or speculate=0"
         )
+    if most and has_heads(session.manifest):
+        raise InputError(
+            "speculate: expected a plain decoder: capability heads count and remember every run of the model, so none "
+            "can be tried out; use speculate=0"
+        )
 
     if loops := loops_for(session, [continuation], device_loop, speculate=bool(most)):
         return DeviceGeneration(continuation, loops)
 
     def start() -> Decoder:
-        decoder = new_decoder(session, continuation.capacity)
+        decoder = new_decoder(session, continuation.capacity, continuation.most_calls)
         return SpeculatingDecoder(decoder, most, continuation.capacity) if most else decoder
 
     return Generation(continuation, start)
@@ -78,6 +89,7 @@ def generate_text(
     stop: Sequence[str] = (),
     speculate: int = 0,
     device_loop: bool | None = None,
+    diagnostics: bool = False,
 ) -> "TextGeneration":
     """Continue a text, as an iterator of pieces of new text; the prompt is not part of them.
 
@@ -96,6 +108,7 @@ def generate_text(
         stop_ids=stop_ids,
         speculate=speculate,
         device_loop=device_loop,
+        diagnostics=diagnostics,
     )
     return TextGeneration(generation, tokenizer, stop_filter)
 
@@ -126,9 +139,14 @@ def new_continuation(
     min_new_tokens: int,
     sampling: Sampling | None,
     stop_ids: Sequence[int],
+    diagnostics: bool = False,
 ) -> Continuation:
     """A prompt that a session's model can continue. Raises: InputError."""
     manifest = session.manifest
+    if diagnostics and not has_heads(manifest):
+        raise InputError(
+            f"diagnostics: {manifest.name} is a plain decoder and has none; export the model with --capabilities"
+        )
     limits = Limits.checked(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -137,14 +155,14 @@ def new_continuation(
         vocab_size=manifest.vocab_size,
     )
     prompt = token_row(prompt_ids, vocab_size=manifest.vocab_size, max_sequence_length=manifest.max_sequence_length)
-    return Continuation(prompt, limits, sampling or Sampling.greedy())
+    return Continuation(prompt, limits, sampling or Sampling.greedy(), diagnostics=diagnostics)
 
 
 class Generation(Iterator[int]):
     """An iterator of new token ids; made by `generate`.
 
-    `prompt`, `tokens`, `sampling` and `finish_reason` are those of `Continuation`. The cache lives from the first token
-    to the end, or to `close`.
+    `prompt`, `tokens`, `sampling`, `finish_reason` and `diagnostics` are those of `Continuation`. The cache lives from
+    the first token to the end, or to `close`.
     """
 
     def __init__(self, continuation: Continuation, start: Callable[[], Decoder]) -> None:
@@ -172,6 +190,12 @@ class Generation(Iterator[int]):
         """Why it ended; None while it has not."""
         return self._continuation.finish_reason
 
+    @property
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """What capability heads reported of each call, where that was wanted; the last one's is that of the newest
+        token, or of what ended the answer."""
+        return self._continuation.diagnostics
+
     def __next__(self) -> int:
         logits = None if self.finish_reason else self._next_logits()
         token = None if logits is None else self._continuation.choose(logits)
@@ -194,16 +218,21 @@ class Generation(Iterator[int]):
         self._decoder = None
 
     def _next_logits(self) -> Floats | None:
-        """Logits (V,) of the next position; None where `stop` cancelled them."""
+        """Logits (V,) of the next position; None where `stop` cancelled them, or the model withheld them."""
         try:
-            if self._decoder is None:
-                self._decoder = self._start()
-                return self._decoder.prefill(self._continuation.prompt_ids)
-            return self._decoder.decode_one_token(self.tokens[-1])
+            logits = self._compute()
         except CosmosRuntimeError:
             if self.finish_reason is None:
                 raise
             return None
+        self._continuation.examine(self._decoder.diagnosis if self._decoder else None)
+        return None if self.finish_reason else logits
+
+    def _compute(self) -> Floats:
+        if self._decoder is None:
+            self._decoder = self._start()
+            return self._decoder.prefill(self._continuation.prompt_ids)
+        return self._decoder.decode_one_token(self.tokens[-1])
 
 
 class DeviceGeneration(Generation):
@@ -269,6 +298,11 @@ class TextGeneration(Iterator[str]):
     def finish_reason(self) -> FinishReason | None:
         """As in `Generation`; "stop" also for a stop string."""
         return self.generation.finish_reason
+
+    @property
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """As in `Generation`."""
+        return self.generation.diagnostics
 
     def stop(self) -> None:
         """As in `Generation`; what is held back still comes."""

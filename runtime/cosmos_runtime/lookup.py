@@ -12,6 +12,7 @@ import numpy as np
 
 from cosmos_runtime.arrays import Floats, TokenIds
 from cosmos_runtime.decoding import RewindingDecoder
+from cosmos_runtime.heads import Diagnosis
 
 # Lengths of the n-grams that are looked up, the most telling first.
 _NGRAMS = (3, 2)
@@ -103,6 +104,11 @@ class SpeculatingDecoder:
     def graph_seconds(self) -> float:
         """Time spent inside the graph so far."""
         return self._decoder.graph_seconds
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        """None: with capability heads every run is a call, so nothing can be tried out."""
+        return None
 
     def prefill(self, ids: TokenIds) -> Floats:
         """Append a prompt (T,); logits (V,) of the position after it."""

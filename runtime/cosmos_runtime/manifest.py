@@ -12,6 +12,7 @@ from typing import Any
 
 from cosmos_runtime.errors import BundleError
 from cosmos_runtime.json_fields import Fields, parse_object
+from cosmos_runtime.scores import CAPABILITIES
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "cosmos-bundle"
@@ -46,6 +47,21 @@ class Role(StrEnum):
     PAST_VALUE = "past_value"
     PRESENT_KEY = "present_key"
     PRESENT_VALUE = "present_value"
+
+    # Of a graph with capability heads. Whether the new tokens end a call of the model, or are a piece of one that goes
+    # on; may be left out, then they do.
+    ENDS_CALL = "ends_call"
+    # The working memory (B, M, D) and the calls that a row has behind it (B,); the vector (B, D) of its first token.
+    # Past and present of a state may be one buffer.
+    PAST_MEMORY_KEYS = "past_memory_keys"
+    PAST_MEMORY_VALUES = "past_memory_values"
+    PRESENT_MEMORY_KEYS = "present_memory_keys"
+    PRESENT_MEMORY_VALUES = "present_memory_values"
+    MEMORY_CALLS = "memory_calls"
+    PAST_QUERY = "past_query"
+    PRESENT_QUERY = "present_query"
+    # What the heads found; the name says what (`cosmos_runtime.score_specs`).
+    SCORE = "score"
 
     # Of a decoder that is told lengths. A row's tokens less one (B,); tokens of the longest row, a scalar in the host's
     # memory; and which rows of the hidden states (B * T, D) get logits, so that these are (n, V).
@@ -121,6 +137,9 @@ class Manifest:
 
     `source`, `recipe`, `model`, `generation` and `parity` are free-form beyond the keys checked here. `generation`
     holds the model's own defaults for sampling; `files` names every file of the bundle except the manifest itself.
+    `capabilities` is None for a plain decoder. A model with capability heads says which (`names`), the `settings` that
+    its reports follow from (`cosmos_runtime.scores`), and of its `memory` how many entries it keeps (`size`) and has
+    room for at least (`least`), or null.
     """
 
     name: str
@@ -135,6 +154,7 @@ class Manifest:
     tokenizer: str | None
     files: Mapping[str, FileEntry]
     parity: Mapping[str, Any] | None
+    capabilities: Mapping[str, Any] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -173,6 +193,7 @@ class Manifest:
             tokenizer=_tokenizer(fields),
             files=_files(fields.object("files")),
             parity=_parity(fields.optional_object("parity")),
+            capabilities=_capabilities(fields),
         )
         _check_files_listed(manifest)
         return manifest
@@ -304,6 +325,20 @@ def _parity(fields: Fields | None) -> dict[str, Any] | None:
         return None
     fields.boolean("passed")
     return fields.as_dict()
+
+
+def _capabilities(fields: Fields) -> dict[str, Any] | None:
+    if fields.values.get("capabilities") is None:  # bundles of before there were any have no such key
+        return None
+    heads = fields.object("capabilities")
+    names, settings = heads.value("names"), heads.object("settings").children()
+    if not isinstance(names, list) or names != list(settings) or not set(names) <= set(CAPABILITIES):
+        heads.fail("names", f"those of the settings, out of {', '.join(CAPABILITIES)}", names)
+    memory = heads.optional_object("memory")
+    if memory is not None:
+        memory.integer("least")
+        memory.integer("size", minimum=memory.integer("least"))
+    return heads.as_dict()
 
 
 def _check_files_listed(manifest: Manifest) -> None:

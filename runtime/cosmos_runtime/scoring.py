@@ -10,6 +10,7 @@ from cosmos_runtime.arrays import Floats, TokenIds
 from cosmos_runtime.decoder_graph import DecoderGraph
 from cosmos_runtime.decoding import new_decoder
 from cosmos_runtime.errors import InputError
+from cosmos_runtime.heads import has_heads
 from cosmos_runtime.session import Session
 from cosmos_runtime.validation import token_row
 
@@ -53,6 +54,10 @@ def score(session: Session, ids_or_text: str | npt.ArrayLike) -> Score:
     manifest = session.manifest
     if not manifest.model["causal"]:
         raise InputError("score: expected a causal model; one that sees the tokens to come predicts nothing")
+    if has_heads(manifest):
+        raise InputError(
+            "score: expected a plain decoder: capability heads speak at the end of a call alone; export with --head lm"
+        )
     given = session.tokenizer.encode(ids_or_text) if isinstance(ids_or_text, str) else ids_or_text
     ids = token_row(given, vocab_size=manifest.vocab_size, max_sequence_length=manifest.max_sequence_length)
     if len(ids) < 2:

@@ -2,21 +2,24 @@
 
 import os
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from cosmos_runtime.arrays import TokenIds
 from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.decoder_graph import DecoderGraph
 from cosmos_runtime.errors import BundleError, InputError, ProviderError, TokenizerError
 from cosmos_runtime.full_sequence_graph import FullSequenceGraph
+from cosmos_runtime.head_signature import check_heads
+from cosmos_runtime.heads import Diagnosis, MemoryBank, has_heads
 from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, SAMPLER, GraphSpec, Manifest, Role
 from cosmos_runtime.providers import create_inference_session, open_stream
 from cosmos_runtime.signature import check_decoder, check_full_sequence, check_signature
 from cosmos_runtime.threads import thread_count
 from cosmos_runtime.tokenizer import Tokenizer
-from cosmos_runtime.validation import check_fixed_axes, token_batch
+from cosmos_runtime.validation import check_fixed_axes, token_batch, token_count
 
 if TYPE_CHECKING:
     from cosmos_runtime.device_loop import DeviceLoops
@@ -42,6 +45,7 @@ def load(
     name = _default_graph(opened.manifest) if graph is None else _known_graph(graph)
     spec = opened.manifest.graph(name)
     _CHECKS[name](spec, opened.manifest.vocab_size)
+    check_heads(spec, opened.manifest)
     check_device(opened.manifest, spec, provider)
     stream = open_stream(provider) if name == DECODER else None
     replays = stream is not None and has_device_loop(opened.manifest)
@@ -50,7 +54,20 @@ def load(
     check_signature(inference, spec)
     if name == DECODER:
         return Session(opened, provider, DecoderGraph(inference, spec, opened, stream))
-    return Session(opened, provider, FullSequenceGraph(inference, spec, opened))
+    return Session(opened, provider, FullSequenceGraph(inference, spec, opened, stream))
+
+
+class Output(NamedTuple):
+    """Logits (B, T, V), and what the capability heads found of each row; nothing in a plain decoder."""
+
+    logits: npt.NDArray[np.float32]
+    diagnoses: list[Diagnosis]
+
+    @property
+    def diagnostics(self) -> dict[str, Any] | list[dict[str, Any]] | None:
+        """The nested report of the row, or a list with one a row; None from a plain decoder."""
+        reports = [diagnosis.report() for diagnosis in self.diagnoses]
+        return (reports[0] if len(reports) == 1 else reports) if reports else None
 
 
 class Session:
@@ -91,13 +108,50 @@ class Session:
 
         Raises: InputError for ids that the model cannot take, CosmosRuntimeError where the computation fails.
         """
+        return self.graph.all_logits(self._checked(input_ids)).astype(np.float32, copy=False)
+
+    def call(self, input_ids: npt.ArrayLike, *, memory: MemoryBank | None = None) -> Output:
+        """What the model makes of ids (B, T) or (T,): logits, and what its capability heads found of each row.
+
+        `memory` (see `new_memory`) carries what earlier calls stored, and is updated; without it a call starts from an
+        empty one. A plain decoder has no heads, finds nothing and remembers nothing.
+
+        Raises: InputError for ids or a memory that do not fit, CosmosRuntimeError where the computation fails.
+        """
+        ids = self._checked(input_ids)
+        bank = self.graph.new_memory(len(ids), calls=1) if memory is None else self._fitting(memory, len(ids))
+        logits, diagnoses = self.graph.call(ids, bank)
+        return Output(logits.astype(np.float32, copy=False), diagnoses)
+
+    def new_memory(self, batch: int, calls: int | None = None) -> MemoryBank:
+        """An empty memory for a sequence of calls with `batch` rows.
+
+        A sequence of at most `calls` calls needs less room than the whole memory of the model, which is the default.
+
+        Raises: InputError where the bundle's model has no capability heads.
+        """
+        bank = self.graph.new_memory(token_count("batch", batch, minimum=1), calls)
+        if bank is None:
+            raise InputError(
+                f"new_memory: {self.manifest.name} is a plain decoder and remembers nothing; export it with "
+                f"--capabilities"
+            )
+        return bank
+
+    def _checked(self, input_ids: npt.ArrayLike) -> TokenIds:
         ids = token_batch(
             input_ids,
             vocab_size=self.manifest.vocab_size,
             max_sequence_length=self.manifest.max_sequence_length,
         )
         check_fixed_axes(ids, self.graph.spec.input(Role.TOKENS))
-        return self.graph.all_logits(ids).astype(np.float32, copy=False)
+        return ids
+
+    def _fitting(self, memory: MemoryBank, batch: int) -> MemoryBank:
+        if not has_heads(self.manifest) or memory.batch != batch:
+            expected = f"one of {batch} rows" if has_heads(self.manifest) else "none: this is a plain decoder"
+            raise InputError(f"memory: expected {expected}, got one of {memory.batch} rows")
+        return memory
 
 
 def has_device_loop(manifest: Manifest) -> bool:

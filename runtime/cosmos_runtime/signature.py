@@ -5,6 +5,7 @@ from typing import Protocol
 
 from cosmos_runtime.cache import CACHE_PARTS, cache_pairs
 from cosmos_runtime.errors import BundleError
+from cosmos_runtime.head_signature import HEAD_INPUTS
 from cosmos_runtime.manifest import GraphSpec, Role, TensorSpec
 
 _ORT_DTYPES = {"float": "float32", "double": "float64"}
@@ -36,11 +37,12 @@ def check_signature(session: _Session, graph: GraphSpec) -> None:
 
 
 def check_full_sequence(graph: GraphSpec, vocab_size: int) -> None:
-    """Check that this runtime can run `graph`: token ids (B, T) int64 in, logits (B, T, V) out, nothing else in.
+    """Check that this runtime can run `graph`: token ids (B, T) int64 in, logits (B, T, V) out, nothing else in but
+    what capability heads keep (see `check_heads`).
 
     Raises: BundleError saying what differs.
     """
-    _expect_roles(graph, {Role.TOKENS})
+    _expect_roles(graph, {Role.TOKENS} | HEAD_INPUTS)
     _check_tokens_and_logits(graph, vocab_size)
 
 
@@ -52,7 +54,7 @@ def check_decoder(graph: GraphSpec, vocab_size: int) -> None:
     Raises: BundleError saying what differs.
     """
     by_lengths = any(tensor.role == Role.LAST_INDEX for tensor in graph.inputs)
-    _expect_roles(graph, (_BY_LENGTHS if by_lengths else _BY_MASK) | _CACHE_INPUTS)
+    _expect_roles(graph, (_BY_LENGTHS if by_lengths else _BY_MASK | HEAD_INPUTS) | _CACHE_INPUTS)
     _check_tokens_and_logits(graph, vocab_size, rank=2 if by_lengths else 3)
     _check_lengths(graph) if by_lengths else _check_mask(graph)
     _check_cache(graph)

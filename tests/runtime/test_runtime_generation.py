@@ -150,7 +150,7 @@ def test_the_reason_that_was_there_first_stays(session: Session) -> None:
 class Endless:
     """A decoder whose second step ends only by being cancelled, as a long run of a graph does."""
 
-    length, graph_seconds = 0, 0.0
+    length, graph_seconds, diagnosis = 0, 0.0, None
 
     def __init__(self) -> None:
         self.waiting, self.cancelled = threading.Event(), threading.Event()

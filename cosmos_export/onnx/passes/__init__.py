@@ -15,6 +15,7 @@ from cosmos_export.onnx.passes.quantize_embedding import QuantizeEmbedding
 from cosmos_export.onnx.passes.quantize_projections import QuantizeProjections
 from cosmos_export.onnx.passes.share_tied_projection import ShareTiedProjection
 from cosmos_export.onnx.passes.store_transposed import StoreTransposed
+from cosmos_export.onnx.passes.write_memory_last import WriteMemoryLast
 from cosmos_export.recipe import ExportRecipe
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "QuantizeProjections",
     "ShareTiedProjection",
     "StoreTransposed",
+    "WriteMemoryLast",
     "run_passes",
 ]
 
@@ -36,6 +38,6 @@ def run_passes(model: ir.Model, recipe: ExportRecipe) -> ir.Model:
 
 def _passes(recipe: ExportRecipe) -> list[ir.passes.InPlacePass]:
     # The passes that deal with the tied table come first: the transposes they leave are of matrices nothing else reads.
-    common = [NameByModule(), QuantizeEmbedding(recipe), ShareTiedProjection(), StoreTransposed()]
+    common = [NameByModule(), QuantizeEmbedding(recipe), ShareTiedProjection(), StoreTransposed(), WriteMemoryLast()]
     fused = [PackProjections(), FuseSkipNorm()] if recipe.dialect == "ort" else []
     return [*common, *fused, QuantizeProjections(recipe)]

@@ -51,6 +51,11 @@ _FROM_BUNDLE = "default: the bundle's own"
     "Wants --greedy. Try 8.",
 )
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option(
+    "--diagnostics",
+    is_flag=True,
+    help="Also say what the model's capability heads found (a summary; with --json everything, call by call).",
+)
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: the physical cores there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of streaming text.")
@@ -65,6 +70,7 @@ def generate_command(
     stop: tuple[str, ...],
     provider: str,
     threads: int | None,
+    diagnostics: bool,
     as_json: bool,
     **overrides: Any,
 ) -> None:
@@ -81,6 +87,7 @@ def generate_command(
     _refuse_contradiction(greedy, overrides["temperature"])
     text = read_text(prompt, "--prompt")
 
+    from cosmos_runtime.cli.diagnostics import diagnostics_summary
     from cosmos_runtime.defaults import default_stop_ids
     from cosmos_runtime.generation import generate_text
     from cosmos_runtime.session import load
@@ -97,13 +104,16 @@ def generate_command(
         stop_ids=default_stop_ids(session.manifest),
         stop=stop,
         speculate=speculate,
+        diagnostics=diagnostics,
     )
     timings = _stream(answer, echo=None if as_json else text)
     timings.load_s = loaded - start
     if as_json:
-        click.echo(json.dumps(_report(text, answer, timings), ensure_ascii=False))
+        click.echo(json.dumps(_report(text, answer, timings, diagnostics), ensure_ascii=False))
     else:
         click.echo(_summary(answer, timings), err=True)
+        if diagnostics:
+            click.echo("\n".join(diagnostics_summary(answer.diagnostics)), err=True)
 
 
 @dataclass
@@ -162,8 +172,8 @@ def _summary(answer: "TextGeneration", timings: _Timings) -> str:
     return f"{len(answer.tokens)} tokens, {speed:.1f} tok/s, finish reason: {answer.finish_reason}, {chosen}"
 
 
-def _report(prompt: str, answer: "TextGeneration", timings: _Timings) -> dict[str, Any]:
-    return {
+def _report(prompt: str, answer: "TextGeneration", timings: _Timings, diagnostics: bool) -> dict[str, Any]:
+    report = {
         "prompt": prompt,
         "text": answer.text,
         "prompt_tokens": answer.generation.prompt,
@@ -172,3 +182,4 @@ def _report(prompt: str, answer: "TextGeneration", timings: _Timings) -> dict[st
         "seed": _used_seed(answer),
         "timings": {**vars(timings), "tokens_per_second": _tokens_per_second(answer, timings)},
     }
+    return {**report, "diagnostics": answer.diagnostics} if diagnostics else report

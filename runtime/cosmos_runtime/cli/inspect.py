@@ -1,9 +1,9 @@
 """`cosmos-run inspect`: what a bundle holds."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -47,6 +47,8 @@ def _summary(manifest: "Manifest", checked: bool) -> Iterator[str]:
         f"sequence up to {manifest.max_sequence_length:,}, head {model['head']}, "
         f"{'causal' if model['causal'] else 'not causal'}"
     )
+    if manifest.capabilities is not None:
+        yield f"heads       {_capabilities(manifest.capabilities)}"
     yield f"recipe      {recipe['name']}: {recipe['precision']}, dialect {recipe['dialect']}"
     yield f"tokenizer   {manifest.tokenizer or 'none: token ids only'}"
     yield f"generation  {', '.join(f'{key} {value}' for key, value in manifest.generation.items()) or 'no defaults'}"
@@ -55,6 +57,18 @@ def _summary(manifest: "Manifest", checked: bool) -> Iterator[str]:
     yield from _file_lines(manifest)
     yield f"parity      {_parity_verdict(manifest)}"
     yield f"hashes      {'verified' if checked else 'not read (use --check)'}"
+
+
+def _capabilities(heads: Mapping[str, Any]) -> str:
+    """Which there are, with the setting of each that says most."""
+    settings = heads["settings"]
+    details = {
+        "reasoning": lambda: settings["reasoning"]["mode"],
+        "memory": lambda: f"{heads['memory']['size']:,} entries",
+        "safety": lambda: f"level {settings['safety']['level']}",
+        "evaluation": lambda: f"{settings['evaluation']['rounds']} rounds",
+    }
+    return ", ".join(f"{name} ({details[name]()})" for name in heads["names"]) or "none: fusion only"
 
 
 def _graph_lines(name: str, graph: "GraphSpec") -> Iterator[str]:

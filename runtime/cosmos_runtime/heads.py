@@ -1,0 +1,171 @@
+"""What the capability heads of a model keep between calls, and what they found in the last one.
+
+    B  batch    M  slots of the working memory    D  dim
+
+A call is a run of the model that the heads look at: a prompt, a token. Each row counts its own.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cosmos_runtime.binding import GraphBinding
+from cosmos_runtime.device_stream import DeviceArray, Stream
+from cosmos_runtime.diagnostics import nested_diagnostics
+from cosmos_runtime.errors import InputError
+from cosmos_runtime.manifest import GraphSpec, Role, TensorSpec
+
+if TYPE_CHECKING:
+    from cosmos_runtime.manifest import Manifest
+
+OUTPUT_BLOCKED = "output_blocked"
+
+# The past that a graph reads and the present that it writes, by role.
+_MEMORY_PARTS = (
+    (Role.PAST_MEMORY_KEYS, Role.PRESENT_MEMORY_KEYS),
+    (Role.PAST_MEMORY_VALUES, Role.PRESENT_MEMORY_VALUES),
+)
+STATE_PARTS = (*_MEMORY_PARTS, (Role.PAST_QUERY, Role.PRESENT_QUERY))
+
+Scores = Mapping[str, npt.NDArray[Any]]
+
+
+class Diagnosis:
+    """What the heads found of one row in one call."""
+
+    def __init__(self, scores: Scores, settings: Mapping[str, Any], row: int = 0) -> None:
+        self._scores, self._settings, self._row = scores, settings, row
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The row's scores, by the names of `score_specs`."""
+        return {name: tensor[self._row] for name, tensor in self._scores.items()}
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the output was withheld as unsafe: its logits are all zero."""
+        return OUTPUT_BLOCKED in self._scores and bool(self._scores[OUTPUT_BLOCKED][self._row])
+
+    def report(self) -> dict[str, Any]:
+        """The nested diagnostics, as the eager model gives them."""
+        return nested_diagnostics(self._scores, self._settings, self._row)
+
+
+class MemoryBank:
+    """What the heads keep over a sequence of calls, one row a sequence; `Session.new_memory` makes one.
+
+    That is the working memory and, in a decoder, the vector of a row's first token. `calls` (B,) counts the calls of
+    each row so far, and decides which entries of the memory there are. Graphs write into the buffers that they read.
+    """
+
+    def __init__(self, graph: GraphSpec, manifest: "Manifest", batch: int, calls: int | None, stream: Stream) -> None:
+        self.batch, self.device = batch, stream.device
+        self.slots, self._size = memory_slots(manifest, calls), memory_slots(manifest)
+        self.calls = np.zeros(batch, np.int64)
+        self._arrays = {tensor.name: self._zeros(tensor, stream) for tensor, _ in state_pairs(graph)}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all buffers."""
+        return sum(array.size for array in self._arrays.values())
+
+    def check_room(self, rows: slice) -> None:
+        """Raises: InputError where another call of these rows would lose an entry that the model still has."""
+        if self.slots < self._size and self.calls[rows].max() >= self.slots:
+            raise InputError(
+                f"memory: made for {self.slots} calls, and this is one more; make a larger one with "
+                f"session.new_memory({self.batch}, calls=...)"
+            )
+
+    def bind(self, binding: GraphBinding, pair: tuple[TensorSpec, TensorSpec], rows: slice) -> None:
+        """Bind a state as past and present at once, for some rows."""
+        past, present = pair
+        array = self._arrays[past.name]
+        width = int(np.prod(array.shape[1:]))
+        part = array.memory((rows.stop - rows.start, *array.shape[1:]), first=rows.start * width)
+        binding.bind_in_place(past.name, present.name, part)
+
+    def _zeros(self, tensor: TensorSpec, stream: Stream) -> DeviceArray:
+        """Zeros: an entry that is not there is weighted with 0, which NaN would survive."""
+        inner = [axis if isinstance(axis, int) else self.slots for axis in tensor.shape[1:]]
+        array = DeviceArray((self.batch, *inner), tensor.dtype, self.device)
+        stream.clear(array.address, array.size)
+        return array
+
+
+class HeadBinding:
+    """The heads' tensors of one `GraphBinding`: the state of some rows in place, scores into arrays of the host."""
+
+    def __init__(
+        self, graph: GraphSpec, manifest: "Manifest", binding: GraphBinding, bank: MemoryBank, rows: slice
+    ) -> None:
+        self._graph, self._manifest, self._binding = graph, manifest, binding
+        self._bank, self._rows, self._batch = bank, rows, rows.stop - rows.start
+        self._names = {tensor.role: tensor.name for tensor in graph.inputs}
+        self._scores = self._bind_scores()
+        self._ends_call: bool | None = None
+        for pair in state_pairs(graph):
+            bank.bind(binding, pair, rows)
+
+    def diagnosis(self, row: int = 0) -> Diagnosis:
+        """What the last call that ended found of a row, counted from the first of `rows`; valid until the next one."""
+        settings: Mapping[str, Any] = (self._manifest.capabilities or {}).get("settings", {})
+        return Diagnosis(self._scores, settings, row)
+
+    def prepare(self, stream: Stream, *, ends_call: bool = True) -> None:
+        """To be called before a run. One that does not end a call gets a small memory for itself: what it writes there
+        is for nothing."""
+        if ends_call:
+            self._bank.check_room(self._rows)
+        if ends_call != self._ends_call:
+            self._switch(ends_call, stream)
+        if Role.MEMORY_CALLS in self._names:
+            calls = self._bank.calls[self._rows] if ends_call else np.zeros(self._batch, np.int64)
+            self._binding.bind_input(self._names[Role.MEMORY_CALLS], np.ascontiguousarray(calls))
+
+    def done(self, *, ends_call: bool = True) -> None:
+        """To be called after a run that succeeded."""
+        if ends_call:
+            self._bank.calls[self._rows] += 1
+
+    def _switch(self, ends_call: bool, stream: Stream) -> None:
+        self._ends_call = ends_call
+        if Role.ENDS_CALL not in self._names:
+            return
+        self._binding.bind_input(self._names[Role.ENDS_CALL], np.array([ends_call]))
+        bank, rows = self._bank, self._rows
+        if not ends_call:
+            bank, rows = MemoryBank(self._graph, self._manifest, self._batch, 1, stream), slice(0, self._batch)
+        for pair in state_pairs(self._graph, _MEMORY_PARTS):
+            bank.bind(self._binding, pair, rows)
+
+    def _bind_scores(self) -> dict[str, npt.NDArray[Any]]:
+        specs = [tensor for tensor in self._graph.outputs if tensor.role == Role.SCORE]
+        scores = {t.name: np.zeros((self._batch, *map(int, t.shape[1:])), t.dtype) for t in specs}
+        for name, array in scores.items():
+            self._binding.bind_output(name, array)
+        return scores
+
+
+def state_pairs(
+    graph: GraphSpec, parts: tuple[tuple[Role, Role], ...] = STATE_PARTS
+) -> list[tuple[TensorSpec, TensorSpec]]:
+    """Each state that a graph has, with the output that continues it."""
+    roles = {tensor.role for tensor in graph.inputs}
+    return [(graph.input(past), graph.output(present)) for past, present in parts if past in roles]
+
+
+def has_heads(manifest: "Manifest") -> bool:
+    """Whether a bundle's model has capability heads, be it their fusion alone."""
+    return manifest.capabilities is not None
+
+
+def memory_slots(manifest: "Manifest", calls: int | None = None) -> int:
+    """M for a sequence of so many calls: as many, within what the model keeps and what a graph needs; None for all."""
+    memory = (manifest.capabilities or {}).get("memory")
+    if memory is None:
+        return 0
+    size = int(memory["size"])
+    return size if calls is None else max(int(memory["least"]), min(size, calls))
