@@ -79,9 +79,7 @@ class QualityGate:
 
 
 QUALITY_GATES = {
-    "fp16": QualityGate(
-        0.0005, 0.99, reason="11 bits of mantissa are next to nothing; best tokens change at near ties"
-    ),
+    "fp16": QualityGate(0.0001, 0.99, reason="11 bits cost next to nothing; best tokens change at near ties only"),
     "bf16": QualityGate(0.005, 0.97, reason="8 bits in weights and activations cost about what int8 does"),
     "int8": QualityGate(0.005, 0.985, reason="8 bits in small blocks should be hard to tell from float32"),
     "int4": QualityGate(0.05, 0.90, reason="4 bits cost something; more than this and text reads worse"),
@@ -104,6 +102,10 @@ CALIBRATION_GATES = {
     ),
     8: CalibrationGate(0.05, reason="rounding alone is 0.01 away, and calibration moves few levels, each far smaller"),
 }
+
+
+# Activations beyond this share of float16's range are warned of: another text may well be twice as loud.
+OVERFLOW_SHARE = 0.25
 
 
 def judge(error: float, allowed: float, flipped_margin: float | None) -> Verdict:

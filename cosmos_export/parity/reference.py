@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from cosmos_export.model.decoder import CosmosDecoder
 from cosmos_export.model.loading import load_decoder
 from cosmos_export.onnx.quantize import INT8_ACTIVATIONS, Quantization
 from cosmos_export.parity.gates import Arithmetic
+from cosmos_export.parity.overflow import Activation, near_overflow
 from cosmos_export.recipe import ExportRecipe
 
 
@@ -33,6 +34,10 @@ class EagerReference:
         self._exact = load_decoder(loaded, causal=causal, dtype=torch.float64)
         if recipe.activations != "float32":
             self._half = load_decoder(loaded, causal=causal, dtype=getattr(torch, recipe.activations))
+
+    def near_overflow(self, rows: Iterable[NDArray[np.int64]]) -> list[Activation]:
+        """Where activations come near the end of float16's range on ids (B, T), seen in float32."""
+        return near_overflow(self._eager, rows)
 
     def exact(self, input_ids: NDArray[np.int64]) -> NDArray[np.float64]:
         """Logits (B, T, V) of ids (B, T), all arithmetic in float64."""

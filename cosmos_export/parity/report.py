@@ -62,6 +62,8 @@ class ParityReport:
     cases: tuple[CaseResult, ...]
     skipped: tuple[Skipped, ...] = ()
     quality: Quality | None = None
+    warnings: tuple[str, ...] = ()
+    """What does not fail the bundle, and its user should know."""
 
     @property
     def passed(self) -> bool:
@@ -144,6 +146,7 @@ class ParityReport:
             "cases": [_case_dict(c) for c in self.cases],
             "skipped": [asdict(s) for s in self.skipped],
             "quality": _finite_dict(asdict(self.quality)) if self.quality else None,
+            "warnings": list(self.warnings),
         }
 
     def digest(self) -> dict[str, Any]:

@@ -91,6 +91,9 @@ def verify_bundle(
         progress.stage("Comparing with the model before rounding")
         rows = None if text is None else rows_of_text(session, text)
         quality = measure_quality(session, checkpoint, rows, causal=causal)
+    warnings = _warnings(recipe, reference, cases)
+    for warning in warnings:
+        progress.note(warning)
     return ParityReport(
         bundle=manifest.name,
         source=dict(manifest.source),
@@ -102,7 +105,17 @@ def verify_bundle(
         cases=tuple(results),
         skipped=tuple(skipped),
         quality=quality,
+        warnings=warnings,
     )
+
+
+def _warnings(recipe: ExportRecipe, reference: EagerReference, cases: list[Case]) -> tuple[str, ...]:
+    """Where float16 may overflow: on the longest case of one row, and on the extreme ids."""
+    if recipe.activations != "float16":
+        return ()
+    rows = [max((c.input_ids for c in cases if len(c.input_ids) == 1), key=np.size), cases[-1].input_ids]
+    near = reference.near_overflow(rows)
+    return tuple(f"float16 may overflow on another text: {activation}; cuda-bf16 has the range" for activation in near)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,110 @@
+"""On an NVIDIA GPU: bundles are proven there, the device loop chooses what the host loop chooses, and what cannot be
+done is said. Skipped, with the reason, where there is none."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.parity.verify import Effort, verify_bundle
+from cosmos_export.pipeline import ExportedBundle, export_onnx
+from cosmos_export.recipe import ExportRecipe
+from cosmos_export.resources import demo_checkpoint
+from cosmos_runtime import CosmosRuntimeError, ProviderError, Sampling, generate, generate_batch, load
+
+RECIPES = ("cuda-fp16", "cuda-bf16", "cuda-int8", "cuda-int4")
+
+
+def _missing() -> str | None:
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "this onnxruntime has no CUDA provider"
+    try:
+        return None if ctypes.CDLL("libcuda.so.1").cuInit(0) == 0 else "there is no NVIDIA GPU"
+    except OSError:
+        return "there is no NVIDIA driver"
+
+
+MISSING = _missing()
+needs_gpu = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return Checkpoint.open(demo_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory):
+    """The demo's bundle of a recipe, made when it is first asked for."""
+    made: dict[str, ExportedBundle] = {}
+
+    def export(recipe: str) -> ExportedBundle:
+        if recipe not in made:
+            out = tmp_path_factory.mktemp("cuda") / recipe
+            made[recipe] = export_onnx(checkpoint, out, ExportRecipe.load(recipe), effort=Effort.OFF)
+        return made[recipe]
+
+    return export
+
+
+@needs_gpu
+@pytest.mark.parametrize("recipe", [*RECIPES, "cpu-fp16", "portable-fp32"])
+def test_bundles_are_proven_on_the_gpu(recipe: str, exported, checkpoint: Checkpoint) -> None:
+    report = verify_bundle(exported(recipe).path, checkpoint, provider="cuda")
+    assert report.passed, report.summary()
+    assert report.longest == checkpoint.config.max_sequence_length
+
+
+@needs_gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling.greedy(),
+        Sampling(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=5),
+        Sampling(seed=2),
+    ],
+    ids=["greedy", "defaults", "any"],
+)
+def test_the_loop_chooses_what_the_host_chooses(recipe: str, sampling: Sampling, exported) -> None:
+    """Over a cache of another length kernels may sum in another order, so ties aside it could differ: none did."""
+    session = load(exported(recipe).path, provider="cuda")
+    prompts = [[5, 6, 7], list(range(30)), [9]]
+    on_host = generate_batch(session, prompts, max_new_tokens=40, sampling=sampling, device_loop=False).run()
+    assert generate_batch(session, prompts, max_new_tokens=40, sampling=sampling).run() == on_host
+    alone = list(generate(session, prompts[1], max_new_tokens=40, sampling=sampling, device_loop=False))
+    assert list(generate(session, prompts[1], max_new_tokens=40, sampling=sampling)) == alone
+
+
+@needs_gpu
+def test_requests_one_after_another_repeat_themselves(exported) -> None:
+    session = load(exported("cuda-fp16").path, provider="cuda")
+    first = list(generate(session, [1, 2, 3], max_new_tokens=60))
+    stopped = generate(session, [4, 5], max_new_tokens=60)
+    [next(stopped) for _ in range(10)]
+    stopped.stop()
+    assert list(generate(session, [1, 2, 3], max_new_tokens=60)) == first
+
+
+@needs_gpu
+def test_no_room_fails_one_request_and_the_session_lives(exported) -> None:
+    session = load(exported("cuda-fp16").path, provider="cuda")
+    with pytest.raises(CosmosRuntimeError, match="no room for [0-9,]+ more bytes; ask for fewer tokens or rows"):
+        generate_batch(session, [[1, 2, 3]] * 200_000, max_new_tokens=500).run()
+    assert len(list(generate(session, [1, 2, 3], max_new_tokens=5))) == 5
+
+
+@needs_gpu
+def test_a_fused_float32_cache_is_refused(exported) -> None:
+    with pytest.raises(ProviderError, match="no float32 kernel on CUDA"):
+        load(exported("cpu-fp32").path, provider="cuda")
+
+
+@pytest.mark.skipif(MISSING is None, reason="there is a GPU")
+def test_without_a_gpu_it_is_an_error_before_the_first_token(exported, tmp_path: Path) -> None:
+    with pytest.raises(ProviderError, match="provider 'cuda'.*provider=[\"']cpu"):
+        load(exported("cuda-fp16").path, provider="cuda")
