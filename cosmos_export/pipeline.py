@@ -27,7 +27,7 @@ from cosmos_export.onnx.genai import write_genai
 from cosmos_export.onnx.passes import run_passes
 from cosmos_export.onnx.signature import graph_spec
 from cosmos_export.onnx.trace import trace, traceable
-from cosmos_export.onnx.weights import attach_weights
+from cosmos_export.onnx.weights import attach_weights, require_weights
 from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.progress import Progress, Silent
@@ -66,6 +66,8 @@ def export_onnx(
     out, progress = Path(out), progress or Silent()
     heads = None if capabilities is None else capability_set(capabilities)
     recipe.check_fits(checkpoint.config, causal=causal)
+    if heads is not None:
+        require_weights(checkpoint, heads)  # before anything is traced
     recipe = _for_heads(recipe, heads, progress)
     with staged_folder(out, overwrite=overwrite) as folder:
         checkpoint, recipe = _calibrated(checkpoint, recipe, calibration_text, progress)

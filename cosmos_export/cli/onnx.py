@@ -11,6 +11,7 @@ import click
 
 from cosmos_export.cli.group import fail
 from cosmos_export.resources import DEFAULT_RECIPES, preset_names, recipe_names
+from cosmos_runtime import CAPABILITIES
 
 if TYPE_CHECKING:
     from cosmos_export.checkpoint import Checkpoint
@@ -39,6 +40,12 @@ if TYPE_CHECKING:
     "--causal/--no-causal", default=True, show_default=True, help="Whether a token sees only those before it."
 )
 @click.option(
+    "--capabilities",
+    metavar="NAME,...",
+    help=f"Export the model with these heads: {', '.join(CAPABILITIES)}, or 'none' for their fusion alone.",
+)
+@click.option("--head", type=click.Choice(["lm"]), help="The plain decoder, without capability heads: the default.")
+@click.option(
     "--verify",
     "effort",
     type=click.Choice(["full", "quick", "off"]),
@@ -63,6 +70,8 @@ def onnx_command(
     recipe: str | None,
     head_layout: str,
     causal: bool,
+    capabilities: str | None,
+    head: str | None,
     effort: str,
     calibration: str,
     overwrite: bool,
@@ -77,27 +86,38 @@ def onnx_command(
       cosmos-export onnx
       cosmos-export onnx --checkpoint my-model --out my-bundle
       cosmos-export onnx --preset beginner --out beginner-bundle --json
+      cosmos-export onnx --checkpoint my-model --capabilities memory,safety
     """
     if checkpoint is not None and preset is not None:
         raise click.UsageError("--checkpoint and --preset each name the model: give one of them.")
+    if capabilities is not None and head is not None:
+        raise click.UsageError("--head lm is the decoder without capability heads: give it or --capabilities.")
+    heads = None if capabilities is None else _names(capabilities)
 
     from cosmos_export.cli.terminal import print_report, shown_progress
     from cosmos_export.errors import ParityError
+    from cosmos_export.model.capabilities import has_heads
     from cosmos_export.parity.verify import Effort
     from cosmos_export.pipeline import export_onnx
     from cosmos_export.recipe import ExportRecipe
 
     chosen = ExportRecipe.load(recipe or DEFAULT_RECIPES[causal])
     chosen, text = _calibration(chosen, calibration)
-    source, name = _open(checkpoint, preset, seed, head_layout)
-    target = out or Path("bundles", f"{name}-{chosen.name}")
+    source, name = _open(checkpoint, preset, seed, head_layout, heads)
+    target = out or Path("bundles", f"{name}-{chosen.name}{'' if heads is None else '-heads'}")
     try:
         with shown_progress() as progress:
+            if heads is None and head is None and has_heads(source.names):
+                progress.note(
+                    "this checkpoint has capability heads, and this is its plain decoder; "
+                    "--capabilities reasoning,memory,safety,evaluation exports them, --head lm silences this note"
+                )
             bundle = export_onnx(
                 source,
                 target,
                 chosen,
                 causal=causal,
+                capabilities=heads,
                 effort=Effort(effort),
                 calibration_text=text,
                 overwrite=overwrite,
@@ -130,12 +150,27 @@ def _calibration(recipe: ExportRecipe, wanted: str) -> tuple[ExportRecipe, Path 
     return recipe, Path(wanted)
 
 
-def _open(checkpoint: Path | None, preset: str | None, seed: int, head_layout: str) -> tuple[Checkpoint, str]:
+def _names(capabilities: str) -> tuple[str, ...]:
+    """The names of a list with commas."""
+    names = tuple(name.strip() for name in capabilities.split(",") if name.strip())
+    if names == ("none",):
+        return ()
+    unknown = [name for name in names if name not in CAPABILITIES]
+    if unknown or not names:
+        raise click.UsageError(
+            f"--capabilities {capabilities}: expected 'none', or some of {', '.join(CAPABILITIES)} with commas between."
+        )
+    return names
+
+
+def _open(
+    checkpoint: Path | None, preset: str | None, seed: int, head_layout: str, heads: tuple[str, ...] | None
+) -> tuple[Checkpoint, str]:
     from cosmos_export.checkpoint import Checkpoint
     from cosmos_export.model.loading import preset_checkpoint
     from cosmos_export.resources import demo_checkpoint
 
     if preset is not None:
-        return preset_checkpoint(preset, seed), preset
+        return preset_checkpoint(preset, seed, heads), preset
     folder = checkpoint or demo_checkpoint()
     return Checkpoint.open(folder, head_layout=head_layout), folder.resolve().name

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.errors import ExportError
-from cosmos_export.model.capabilities import weight_source
+from cosmos_export.errors import CheckpointError, ExportError
+from cosmos_export.model.capabilities import is_of_heads, weight_source
 from cosmos_export.model.loading import model_skeleton, skeleton
 from cosmos_export.model.rope import rotary_tables
 from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize, quantize, stack_rows
@@ -107,6 +107,23 @@ class WeightReader:
         return tensor
 
 
+def require_weights(checkpoint: Checkpoint, capabilities: Sequence[str] | None = None) -> None:
+    """Raises CheckpointError that lists what a model with these capabilities (None: the plain decoder) is missing, or
+    has in another shape."""
+    config = checkpoint.config
+    model = skeleton(config) if capabilities is None else model_skeleton(config, capabilities=capabilities)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = [name for name in wanted if is_of_heads(name) and name not in checkpoint.stored]
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise CheckpointError(
+            f"{checkpoint.origin.get('location')}: this checkpoint lacks weights of the capability heads asked for: "
+            f"{', '.join(missing[:4])}{more}. Leave out the capabilities that it has not, or export the plain decoder "
+            f"with --head lm"
+        )
+    checkpoint.require(wanted)
+
+
 def attach_weights(
     model: ir.Model, checkpoint: Checkpoint, recipe: ExportRecipe, capabilities: Sequence[str] | None = None
 ) -> None:
@@ -115,9 +132,7 @@ def attach_weights(
     `capabilities` are those of a model with heads; None is the plain decoder.
     Raises CheckpointError when tensors are missing or have another shape than the model's.
     """
-    config = checkpoint.config
-    wanted = skeleton(config) if capabilities is None else model_skeleton(config, capabilities=capabilities)
-    checkpoint.require({name: tuple(p.shape) for name, p in wanted.state_dict().items()})
+    require_weights(checkpoint, capabilities)
     reader = WeightReader(checkpoint, recipe)
     for name, value in model.graph.initializers.items():
         if value.const_value is None:

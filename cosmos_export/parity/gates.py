@@ -69,6 +69,21 @@ LOGIT_GATES = {
 }
 
 
+# Scores of capability heads: probabilities mostly, so that the range is 1, or the largest where they are not bounded.
+SCORE_GATES = {
+    Arithmetic.FLOAT32: LogitGate(
+        eager_factor=4.0,
+        range_fraction=1e-5,
+        reason="as for logits: the heads round as often as the decoder before them, and a sigmoid makes less of it",
+    ),
+    Arithmetic.FLOAT16: LogitGate(4.0, 2e-3, reason="as for logits: two roundings of a logit of magnitude 4 and more"),
+    Arithmetic.BFLOAT16: LogitGate(4.0, 1.6e-2, reason="as for float16, with 8 bits"),
+    Arithmetic.INT8_ACTIVATIONS: LogitGate(
+        4.0, 1e-5, reason="as for logits: the eager model with rounded activations shows what rounding does here"
+    ),
+}
+
+
 @dataclass(frozen=True)
 class QualityGate:
     """What rounding weights and activations may cost against the unrounded float32 model, on its own text."""

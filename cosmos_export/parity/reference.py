@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.model.decoder import CosmosDecoder
+from cosmos_export.model.backbone import CosmosBackbone
 from cosmos_export.model.loading import load_decoder
 from cosmos_export.onnx.quantize import INT8_ACTIVATIONS, Quantization
 from cosmos_export.parity.gates import Arithmetic
@@ -49,7 +49,7 @@ class EagerReference:
             return _run(self._eager, input_ids)
         if arithmetic is not Arithmetic.INT8_ACTIVATIONS:
             return _run(self._half, input_ids)
-        with _rounded_activations(self._eager, self._recipe):
+        with rounded_activations(self._eager, self._recipe):
             return _run(self._eager, input_ids)
 
 
@@ -60,7 +60,7 @@ def _run(model: torch.nn.Module, input_ids: NDArray[np.int64]) -> NDArray:
 
 
 @contextlib.contextmanager
-def _rounded_activations(model: CosmosDecoder, recipe: ExportRecipe) -> Iterator[None]:
+def rounded_activations(model: CosmosBackbone, recipe: ExportRecipe) -> Iterator[None]:
     """Within it, the input of each product that `recipe` computes with int8 activations is rounded as kernels do."""
     handles = []
     for name, module in model.named_modules():

@@ -17,7 +17,8 @@ def checkpoint_of(manifest: Manifest, folder: Path | None = None) -> Checkpoint:
     """
     source = manifest.source
     if folder is None and source["kind"] == "preset":
-        return preset_checkpoint(source["location"], int(source.get("seed", 0)))
+        heads = manifest.capabilities["names"] if manifest.capabilities is not None else None
+        return preset_checkpoint(source["location"], int(source.get("seed", 0)), heads)
     folder = folder or Path(source["location"])
     if not folder.is_dir():
         raise CheckpointError(f"the checkpoint of this bundle is not at {folder}; say where it is with --checkpoint")

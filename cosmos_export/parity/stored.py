@@ -18,6 +18,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.loading import skeleton
 from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, parts_of, quantized_part, source_of
 from cosmos_export.onnx.weights import WeightReader, as_array
+from cosmos_export.parity.tensors_read import tensors_read
 from cosmos_export.recipe import ExportRecipe
 
 
@@ -45,9 +46,17 @@ class StoredTensors:
         )
 
 
-def compare_stored(graph: Path, checkpoint: Checkpoint, recipe: ExportRecipe) -> StoredTensors:
-    """Compares every weight and rotary table in a graph's file (and its external data) with the checkpoint's."""
-    wanted = {*skeleton(checkpoint.config).state_dict(), ROTARY_COS, ROTARY_SIN}
+def compare_stored(
+    graph: Path, checkpoint: Checkpoint, recipe: ExportRecipe, capabilities: Sequence[str] | None = None
+) -> StoredTensors:
+    """Compares every weight and rotary table in a graph's file (and its external data) with the checkpoint's.
+
+    `capabilities` are those of a model with heads, whose weights that no pass reads are not wanted; None is the plain
+    decoder.
+    """
+    config = checkpoint.config
+    tensors = set(skeleton(config).state_dict()) if capabilities is None else tensors_read(config, capabilities)
+    wanted = {*tensors, ROTARY_COS, ROTARY_SIN}
     found: set[str] = set()
     wrong: dict[str, str] = {}
     for source, problem in _compared(ir.load(graph), WeightReader(checkpoint, recipe), wanted):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.parity import metrics
 from cosmos_export.parity.arithmetic import arithmetic_of, float32_activations
 from cosmos_export.parity.calibrated import strayed, with_stored_levels
-from cosmos_export.parity.cases import Case, build_cases
+from cosmos_export.parity.calls import build_sequences
+from cosmos_export.parity.cases import Case, Skipped, build_cases
 from cosmos_export.parity.gates import LOGIT_GATES, QUALITY_GATES, Arithmetic, LogitGate, judge
+from cosmos_export.parity.heads_reference import HeadsReference
+from cosmos_export.parity.heads_verify import compare_calls
 from cosmos_export.parity.quality import measure_quality, rows_of_text
 from cosmos_export.parity.reference import EagerReference
 from cosmos_export.parity.report import CaseResult, Measurement, ParityReport
@@ -74,25 +78,20 @@ def verify_bundle(
     graphs = [session.bundle.file(spec.file) for spec in models]
     if recipe.calibration is not None and not checkpoint.calibrated:  # an export has just made them, and knows better
         checkpoint = with_stored_levels(checkpoint, graphs[0], recipe)
-    stored = [compare_stored(graph, checkpoint, recipe) for graph in graphs]
+    heads = None if manifest.capabilities is None else tuple(manifest.capabilities["names"])
+    stored = [compare_stored(graph, checkpoint, recipe, heads) for graph in graphs]
     if recipe.calibration is not None:
         far = list(strayed(checkpoint, recipe))
         stored = [tensors.with_calibrated(len(checkpoint.calibrated), far) for tensors in stored]
-    progress.stage("Loading the float64 reference")
-    reference = EagerReference(recipe.as_computed(checkpoint), recipe, causal=causal)
-    cases, skipped = build_cases(checkpoint.config, quick=effort is Effort.QUICK)
-    trials = [_Trial(case, lambda s, c=case: s.logits(c.input_ids)) for case in cases]  # type: ignore[misc]
-    trials += _stepwise(session) if DECODER in manifest.graphs else []
-    progress.stage("Comparing logits with float64")
+    compare = _decoder_results if heads is None else partial(_heads_results, heads)
     with _sessions(session, recipe, provider) as sessions:
-        results = _run(sessions, trials, reference, progress)
+        compared = compare(sessions, checkpoint, recipe, causal, effort is Effort.QUICK, progress)
     quality = None
     if recipe.precision in QUALITY_GATES or text is not None:
         progress.stage("Comparing with the model before rounding")
         rows = None if text is None else rows_of_text(session, text)
         quality = measure_quality(session, checkpoint, rows, causal=causal)
-    warnings = _warnings(recipe, reference, cases)
-    for warning in warnings:
+    for warning in compared.warnings:
         progress.note(warning)
     return ParityReport(
         bundle=manifest.name,
@@ -102,11 +101,56 @@ def verify_bundle(
         versions={"onnxruntime": onnxruntime.__version__, "torch": version("torch")},
         max_sequence_length=checkpoint.config.max_sequence_length,
         stored=tuple(stored),
-        cases=tuple(results),
-        skipped=tuple(skipped),
+        cases=tuple(compared.results),
+        skipped=tuple(compared.skipped),
         quality=quality,
-        warnings=warnings,
+        warnings=compared.warnings,
     )
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What the cases gave, which were not run, and what there is to be wary of."""
+
+    results: list[CaseResult]
+    skipped: list[Skipped]
+    warnings: tuple[str, ...] = ()
+
+
+def _decoder_results(
+    sessions: dict[Arithmetic, Session],
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    causal: bool,
+    quick: bool,
+    progress: Progress,
+) -> _Compared:
+    progress.stage("Loading the float64 reference")
+    reference = EagerReference(recipe.as_computed(checkpoint), recipe, causal=causal)
+    cases, skipped = build_cases(checkpoint.config, quick=quick)
+    trials = [_Trial(case, lambda s, c=case: s.logits(c.input_ids)) for case in cases]  # type: ignore[misc]
+    session = next(iter(sessions.values()))
+    trials += _stepwise(session) if DECODER in session.manifest.graphs else []
+    progress.stage("Comparing logits with float64")
+    results = _run(sessions, trials, reference, progress)
+    return _Compared(results, skipped, _warnings(recipe, reference, cases))
+
+
+def _heads_results(
+    capabilities: Sequence[str],
+    sessions: dict[Arithmetic, Session],
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    causal: bool,
+    quick: bool,
+    progress: Progress,
+) -> _Compared:
+    progress.stage("Loading the float64 reference")
+    reference = HeadsReference(checkpoint, recipe, capabilities, causal=causal)
+    graphs = list(next(iter(sessions.values())).manifest.graphs)
+    sequences, skipped = build_sequences(checkpoint.config, capabilities, graphs, quick=quick)
+    progress.stage("Comparing logits and scores with float64")
+    return _Compared(compare_calls(sessions, sequences, reference, progress), skipped)
 
 
 def _warnings(recipe: ExportRecipe, reference: EagerReference, cases: list[Case]) -> tuple[str, ...]:

@@ -61,15 +61,30 @@ class MemoryBank:
     """
 
     def __init__(self, graph: GraphSpec, manifest: "Manifest", batch: int, calls: int | None, stream: Stream) -> None:
-        self.batch, self.device = batch, stream.device
+        self.batch, self.device, self._stream = batch, stream.device, stream
         self.slots, self._size = memory_slots(manifest, calls), memory_slots(manifest)
         self.calls = np.zeros(batch, np.int64)
         self._arrays = {tensor.name: self._zeros(tensor, stream) for tensor, _ in state_pairs(graph)}
+        self._roles = {tensor.name: tensor.role for tensor, _ in state_pairs(graph)}
 
     @property
     def size(self) -> int:
         """Bytes of all buffers."""
         return sum(array.size for array in self._arrays.values())
+
+    def restore(self, keys: npt.ArrayLike, values: npt.ArrayLike, calls: int) -> None:
+        """Put in a working memory that was kept: keys and values (B, M, D), and the calls that every row has behind it.
+
+        Entry n of a row was stored by a call whose number leaves the remainder n modulo M.
+        Raises: InputError for arrays of another shape.
+        """
+        for role, given in ((Role.PAST_MEMORY_KEYS, keys), (Role.PAST_MEMORY_VALUES, values)):
+            for array in (array for name, array in self._arrays.items() if self._roles[name] == role):
+                wanted = np.ascontiguousarray(given, array.dtype)
+                if wanted.shape != array.shape:
+                    raise InputError(f"restore: expected {role} of shape {array.shape}, got {wanted.shape}")
+                self._stream.upload(wanted, array)
+        self.calls[:] = calls
 
     def check_room(self, rows: slice) -> None:
         """Raises: InputError where another call of these rows would lose an entry that the model still has."""

@@ -38,7 +38,7 @@ def test_round_trip(document: dict[str, Any]) -> None:
 
 def test_keys_stand_in_the_documented_order(document: dict[str, Any]) -> None:
     expected = "format format_version name created tool versions source recipe model generation graphs tokenizer files"
-    assert list(document) == [*expected.split(), "parity"]
+    assert list(document) == [*expected.split(), "parity", "capabilities"]
 
 
 def test_text_is_readable_utf8(document: dict[str, Any]) -> None:

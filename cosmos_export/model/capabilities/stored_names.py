@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 # The module of a model that a capability is.
 MODULES = {
@@ -11,6 +11,9 @@ MODULES = {
     "safety": "safety_system",
     "evaluation": "evaluation_system",
 }
+
+# Every model with heads has one, whichever of them it has.
+FUSION = "capability_fusion"
 
 UNUSED_PREFIXES = (
     "learning_engine.",  # 2.1 billion parameters at dim 1024, for examples that no call gives
@@ -30,3 +33,13 @@ UNUSED_PREFIXES = (
 def ignored_prefixes(capabilities: Collection[str]) -> tuple[str, ...]:
     """What the names of tensors start with that a model of these capabilities has no use for."""
     return (*UNUSED_PREFIXES, *(f"{module}." for name, module in MODULES.items() if name not in capabilities))
+
+
+def is_of_heads(name: str) -> bool:
+    """Whether a tensor belongs to a capability head or to the fusion."""
+    return name.startswith(tuple(f"{module}." for module in (FUSION, *MODULES.values())))
+
+
+def has_heads(names: Iterable[str]) -> bool:
+    """Whether a checkpoint with tensors of these names has capability heads."""
+    return any(map(is_of_heads, names))

@@ -1,0 +1,195 @@
+"""Calls of a bundle with capability heads against the eager model in float64: logits, and every score by its name.
+
+Each row of each call is looked at by itself. Where it decided as the float64 model does, its numbers are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_export.parity import metrics
+from cosmos_export.parity.calls import CallSequence, Found
+from cosmos_export.parity.decisions import Difference, first_differences
+from cosmos_export.parity.gates import LOGIT_GATES, SCORE_GATES, Arithmetic, Verdict, judge
+from cosmos_export.parity.heads_reference import Expected, HeadsReference
+from cosmos_export.parity.report import CaseResult, Measurement
+from cosmos_export.progress import Progress
+from cosmos_runtime import Session
+
+# Where errors of logits are looked at, as in a plain decoder's verification.
+_POSITIONS = {"all": slice(None), "first": slice(0, 1), "last": slice(-1, None)}
+
+# What else a measurement can be of, besides positions and scores.
+DECISIONS, MEMORY_CHOICE = "decisions", "choice of the working memory"
+
+
+def compare_calls(
+    sessions: Mapping[Arithmetic, Session],
+    sequences: Sequence[CallSequence],
+    reference: HeadsReference,
+    progress: Progress,
+) -> list[CaseResult]:
+    """Every sequence on every session, sorted by session; the reference is computed once a sequence."""
+    results: dict[Arithmetic, list[CaseResult]] = {arithmetic: [] for arithmetic in sessions}
+    for done, sequence in enumerate(sequences):
+        progress.update(done, len(sequences))
+        exact = reference.exact(sequence)
+        for arithmetic, session in sessions.items():
+            eager = reference.eager(sequence, arithmetic)
+            compared = Comparison(arithmetic, sequence.run(session, sequence), exact, eager)
+            results[arithmetic].append(_result(sequence, compared))
+    progress.update(len(sequences), len(sequences))
+    return [result for per_session in results.values() for result in per_session]
+
+
+def _result(sequence: CallSequence, compared: Comparison) -> CaseResult:
+    return CaseResult(
+        name=sequence.case.name,
+        arithmetic=compared.arithmetic,
+        batch=len(sequence.case.input_ids),
+        length=max(max(ends) for ends in sequence.ends),
+        measurements=tuple(compared.measurements()),
+        nonfinite=sum(metrics.nonfinite_count(row.actual["all"]) for row in compared.rows),
+        top1_changes=sum(int(metrics.top1_differs(r.actual["all"], r.exact["all"]).sum()) for r in compared.rows),
+    )
+
+
+Numbers = dict[str, NDArray]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of one call: its numbers (logits (n, V) by position, scores by name) as the bundle, float64 and the eager
+    model in the bundle's arithmetic have them, and what was decided otherwise than in float64."""
+
+    actual: Numbers
+    exact: Numbers
+    eager: Numbers
+    difference: Difference | None
+    eager_difference: Difference | None
+    lead: float = np.inf
+    """How far the last entry that the working memory reads is ahead of the next one."""
+    similarity_error: float = 0.0
+    """Of the eager model."""
+    eager_reads_others: bool = False
+
+    @property
+    def shows_rounding(self) -> bool:
+        """Whether the eager model did what the exact one does: if not, its errors are no measure of rounding."""
+        return self.eager_difference is None and not self.eager_reads_others
+
+
+class Comparison:
+    """What a bundle found in a sequence of calls, beside what the model finds in float64 and in its arithmetic."""
+
+    def __init__(
+        self, arithmetic: Arithmetic, actual: list[Found], exact: list[Expected], eager: list[Expected]
+    ) -> None:
+        self.arithmetic = arithmetic
+        self.rows = [row for calls in zip(actual, exact, eager, strict=True) for row in _rows(*calls)]
+
+    def measurements(self) -> Iterator[Measurement]:
+        """The largest errors of logits and of each score; and what was decided otherwise, if anything was."""
+        alike = [row for row in self.rows if row.difference is None]
+        chose_otherwise = [row for row in alike if self._is_tie(row) and not self._within(row)]
+        compared = [row for row in alike if row not in chose_otherwise]
+        if compared:
+            yield from (self._measure(name, compared) for name in self._gates)
+        if chose_otherwise:
+            yield self._of_choices(chose_otherwise)
+        if len(alike) < len(self.rows):
+            yield self._of_decisions([row for row in self.rows if row.difference is not None])
+
+    @cached_property
+    def _gates(self) -> dict[str, tuple[float, float]]:
+        """For each kind of number, the eager model's largest error and the error that is allowed."""
+        steady = [row for row in self.rows if row.shows_rounding]
+        noise = {name: _largest_error((r.eager[name], r.exact[name]) for r in steady) for name in self.rows[0].exact}
+        return {name: (error, self._allowed(name, error)) for name, error in noise.items()}
+
+    def _allowed(self, name: str, noise: float) -> float:
+        exact = [row.exact[name] for row in self.rows]
+        if name in _POSITIONS:
+            span = max(float(e.max()) for e in exact) - min(float(e.min()) for e in exact)
+            return LOGIT_GATES[self.arithmetic].allowed(noise, span)
+        if exact[0].dtype.kind != "f":
+            return 0.0
+        return SCORE_GATES[self.arithmetic].allowed(noise, max(1.0, *(float(np.abs(e).max()) for e in exact)))
+
+    def _measure(self, name: str, rows: list[Row]) -> Measurement:
+        noise, allowed = self._gates[name]
+        error = _largest_error((row.actual[name], row.exact[name]) for row in rows)
+        leads = [_lead_lost(row.actual[name], row.exact[name]) for row in rows] if name in _POSITIONS else []
+        lost = max((lead for lead in leads if lead is not None), default=None)
+        return Measurement(name, error, noise, allowed, judge(error, allowed, lost))
+
+    def _is_tie(self, row: Row) -> bool:
+        """Whether rounding may have the working memory read another entry."""
+        noise = max((r.similarity_error for r in self.rows), default=0.0)
+        return row.eager_reads_others or row.lead <= 2 * SCORE_GATES[self.arithmetic].allowed(noise, 1.0)
+
+    def _within(self, row: Row) -> bool:
+        errors = {name: _largest_error([(row.actual[name], row.exact[name])]) for name in self._gates}
+        return all(errors[name] <= allowed for name, (_, allowed) in self._gates.items())
+
+    def _of_choices(self, rows: list[Row]) -> Measurement:
+        noise, allowed = self._gates["last"]
+        error = _largest_error((row.actual["last"], row.exact["last"]) for row in rows)
+        return Measurement(MEMORY_CHOICE, error, noise, allowed, Verdict.AMBIGUOUS)
+
+    def _of_decisions(self, rows: list[Row]) -> Measurement:
+        """Of all decisions that fell otherwise, the one whose score is furthest beyond what is too near to call."""
+        found = [(row, row.difference) for row in rows if row.difference is not None]
+        worst = max((difference for _, difference in found), key=lambda d: d.margin / self._gates[d.name][1])
+        near = all(self._is_near(row, difference) for row, difference in found)
+        noise, allowed = self._gates[worst.name]
+        return Measurement(DECISIONS, worst.margin, noise, allowed, Verdict.AMBIGUOUS if near else Verdict.FAIL)
+
+    def _is_near(self, row: Row, difference: Difference) -> bool:
+        eager = row.eager_difference
+        return difference.margin <= self._gates[difference.name][1] or (
+            eager is not None and eager.name == difference.name
+        )
+
+
+def _rows(actual: Found, exact: Expected, eager: Expected) -> Iterator[Row]:
+    differences = first_differences(actual.scores, exact.found.scores)
+    eager_differences = first_differences(eager.found.scores, exact.found.scores)
+    batch = len(exact.found.logits)
+    for row in range(batch):
+        choice: dict[str, float | bool] = {}
+        if exact.choice is not None and eager.choice is not None:
+            choice = {
+                "lead": float(exact.choice.lead[row]),
+                "similarity_error": exact.choice.error_of(eager.choice, row),
+                "eager_reads_others": not exact.choice.same_entries(eager.choice)[row],
+            }
+        yield Row(
+            _numbers(actual, row),
+            _numbers(exact.found, row),
+            _numbers(eager.found, row),
+            differences[row] if differences else None,
+            eager_differences[row] if eager_differences else None,
+            **choice,  # type: ignore[arg-type]
+        )
+
+
+def _numbers(found: Found, row: int) -> Numbers:
+    logits = {name: found.logits[row, part] for name, part in _POSITIONS.items()}
+    return logits | {name: np.asarray(tensor[row]) for name, tensor in found.scores.items()}
+
+
+def _largest_error(pairs: Iterable[tuple[NDArray, NDArray]]) -> float:
+    """Of (given, expected) pairs; 0 where there is none."""
+    return max((metrics.max_abs_error(given, expected.astype(np.float64)) for given, expected in pairs), default=0.0)
+
+
+def _lead_lost(actual: NDArray, exact: NDArray) -> float | None:
+    """The largest lead of a best token that is no longer the best; None where all still are."""
+    changed = metrics.top1_differs(actual, exact)
+    return float(np.max(metrics.top1_margins(exact)[changed])) if changed.any() else None
