@@ -27,6 +27,10 @@ from cosmos_runtime.cli import main as run_main
 LIMITS = {"int8": (0.005, 0.985, 0.30), "int4": (0.05, 0.90, 0.20)}
 
 
+# Without calibration, which takes a minute: `test_calibrated` has a small one, `make verify-parity` the demo's.
+RECIPES = {"int8": "cpu-int8", "int4": "cpu-int4-quick"}
+
+
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
     return Checkpoint.open(demo_checkpoint())
@@ -40,7 +44,7 @@ def exported(tmp_path_factory):
     def export(precision: str) -> tuple[Path, dict]:
         if precision not in made:
             out = tmp_path_factory.mktemp("demo") / precision
-            arguments = ["onnx", "--recipe", f"cpu-{precision}", "--verify", "quick", "--out", str(out), "--json"]
+            arguments = ["onnx", "--recipe", RECIPES[precision], "--verify", "quick", "--out", str(out), "--json"]
             result = CliRunner().invoke(export_main, arguments, catch_exceptions=False)
             assert result.exit_code == 0, result.output
             made[precision] = out, json.loads(result.stdout)["parity"]

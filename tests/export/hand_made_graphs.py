@@ -49,7 +49,7 @@ def build(
 
 def attach(model: ir.Model, tensors: Arrays, recipe: ExportRecipe) -> None:
     """Gives each valueless initializer what export writes for it; `tensors` are a checkpoint's, by name."""
-    checkpoint = SimpleNamespace(tensor=lambda name: torch.from_numpy(tensors[name]))
+    checkpoint = SimpleNamespace(tensor=lambda name: torch.from_numpy(tensors[name]), calibrated={})
     reader = WeightReader(checkpoint, recipe)  # type: ignore[arg-type]
     for name, value in model.graph.initializers.items():
         if value.const_value is None:

@@ -28,6 +28,7 @@ from cosmos_runtime import DECODER, DEVICE_LOOP, Bundle
 
 MakeConfig = Callable[..., CosmosAdvancedConfig]
 
+
 def _is_here(recipe: ExportRecipe) -> bool:
     """Those of half precision, and told lengths instead of a mask, are in test_half_precision and test_device_loop."""
     return DECODER in recipe.graphs and DEVICE_LOOP not in recipe.graphs and recipe.activations == "float32"
@@ -93,9 +94,9 @@ class Decoder:
 
 def recipe_called(name: str) -> ExportRecipe:
     if name != ASYMMETRIC:
-        return ExportRecipe.load(name)
+        return replace(ExportRecipe.load(name), calibration=None)
     form = Quantization(bits=4, block_size=32, symmetric=False, accuracy_level=4)
-    return replace(ExportRecipe.load("cpu-int4"), quantization=form)
+    return replace(recipe_called("cpu-int4"), quantization=form)
 
 
 @pytest.fixture(scope="module")

@@ -253,7 +253,12 @@ def test_the_share_of_a_gate() -> None:
 def test_the_counts_are_over_cases_and_graphs() -> None:
     made = report(stored=(StoredTensors(3, 3, ()), StoredTensors(4, 2, ("a differs", "b differs"))))
     assert (made.stored_equal, made.stored_problems) == (5, ["a differs", "b differs"])
-    assert made.to_dict()["stored_tensors"] == {"expected": 7, "equal": 5, "problems": ["a differs", "b differs"]}
+    assert made.to_dict()["stored_tensors"] == {
+        "expected": 7,
+        "equal": 5,
+        "calibrated": 0,
+        "problems": ["a differs", "b differs"],
+    }
     assert made.longest == made.to_dict()["longest_sequence"] == 16
     assert [made.count(v) for v in Verdict] == [1, 1, 0]
 
