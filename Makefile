@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/
 PARITY := build/parity
 comma := ,
 
-.PHONY: help setup demo test verify-parity lint format bench clean
+.PHONY: help setup demo test verify-parity lint format bench bench-cuda clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,11 @@ bench: $(READY) ## Time the runtime beside the other engines that are installed;
 	@$(RUN)python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(RUN)python -m benchmarks.full_sequence
 	$(RUN)python -m benchmarks.cpu_decode
+
+bench-cuda: $(READY) ## Time decoding on an NVIDIA GPU beside transformers, eager and compiled
+	@$(RUN)python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(RUN)python -m benchmarks.cuda_decode
+	$(RUN)python -m benchmarks.cuda_report
 
 clean: ## Remove what the other targets made, except .venv
 	rm -rf build bundles .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,8 +2,9 @@
 
     B  batch    L  cache length    V  vocabulary    C  candidates
 
-A sampler chooses what `sampling.sample` chooses from the same logits and uniform numbers. What no sampler can do is
-left to the host: a top-k of more than C tokens, a nucleus of the whole vocabulary, stop ids that may not come early.
+A sampler chooses what `sampling.sample` chooses from the same logits and uniform numbers; only where equal logits lie
+on both sides of the top k's border, CUDA's operator may keep another of them. What no sampler can do is left to the
+host: a top-k of more than C tokens, a nucleus of the whole vocabulary, stop ids that may not come early.
 """
 
 from collections.abc import Mapping, Sequence

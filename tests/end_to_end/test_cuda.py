@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -59,25 +60,30 @@ def test_bundles_are_proven_on_the_gpu(recipe: str, exported, checkpoint: Checkp
     assert report.longest == checkpoint.config.max_sequence_length
 
 
+# How far below the best logit a token may lie that a loop chose greedily, as a share of the logits' range: kernels for
+# another batch or cache length round differently, so that near ties change (see the gates of parity).
+NEAR_TIE = {"cuda-fp16": 2e-3, "cuda-bf16": 2e-2, "cuda-int8": 2e-3, "cuda-int4": 2e-3}
+
+
 @needs_gpu
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling.greedy(),
-        Sampling(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=5),
-        Sampling(seed=2),
-    ],
-    ids=["greedy", "defaults", "any"],
-)
-def test_the_loop_chooses_what_the_host_chooses(recipe: str, sampling: Sampling, exported) -> None:
-    """Over a cache of another length kernels may sum in another order, so ties aside it could differ: none did."""
+def test_every_token_of_a_greedy_loop_is_the_best_one(recipe: str, exported) -> None:
+    """By the logits of one pass over the whole text, of rows of unequal length that were decoded together."""
     session = load(exported(recipe).path, provider="cuda")
     prompts = [[5, 6, 7], list(range(30)), [9]]
-    on_host = generate_batch(session, prompts, max_new_tokens=40, sampling=sampling, device_loop=False).run()
-    assert generate_batch(session, prompts, max_new_tokens=40, sampling=sampling).run() == on_host
-    alone = list(generate(session, prompts[1], max_new_tokens=40, sampling=sampling, device_loop=False))
-    assert list(generate(session, prompts[1], max_new_tokens=40, sampling=sampling)) == alone
+    for prompt, answer in zip(prompts, generate_batch(session, prompts, max_new_tokens=60).run(), strict=True):
+        logits = session.logits([*prompt, *answer])[0, len(prompt) - 1 : -1]
+        chosen = np.take_along_axis(logits, np.array(answer)[:, None], 1)[:, 0]
+        assert np.all(logits.max(1) - chosen <= NEAR_TIE[recipe] * np.ptp(logits, 1))
+
+
+@needs_gpu
+@pytest.mark.parametrize("sampling", [Sampling.greedy(), Sampling(top_k=20, top_p=0.9, seed=5), Sampling(seed=2)])
+def test_the_loop_and_the_host_begin_alike(sampling: Sampling, exported) -> None:
+    """Until a near tie, which float16 seldom meets in a dozen tokens. What samplers choose is tested by itself."""
+    session = load(exported("cuda-fp16").path, provider="cuda")
+    on_host = list(generate(session, [5, 6, 7], max_new_tokens=12, sampling=sampling, device_loop=False))
+    assert list(generate(session, [5, 6, 7], max_new_tokens=12, sampling=sampling)) == on_host
 
 
 @needs_gpu
