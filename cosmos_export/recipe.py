@@ -14,6 +14,7 @@ from cosmos_export.checkpoint import EMBEDDING, Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import RecipeError
 from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
+from cosmos_export.onnx.head_matrices import is_wide
 from cosmos_export.onnx.quantize import INT8_ACTIVATIONS, Quantization
 from cosmos_export.onnx.signature import PACKED_PROJECTIONS
 from cosmos_export.resources import recipe_path
@@ -30,6 +31,8 @@ OPSETS = range(20, 24)
 
 # Matrices that can be quantised in a way of their own, by the name of the projection.
 PROJECTIONS = ("qkv_proj", "o_proj", "w1_w3", "w2")
+# The same for all wide matrices of the capability heads.
+HEADS = "heads"
 BITS, BLOCK_SIZES, ACCURACY_LEVELS = (4, 8), (16, 32, 64, 128, 256), (0, 1, 4)
 
 
@@ -37,7 +40,8 @@ BITS, BLOCK_SIZES, ACCURACY_LEVELS = (4, 8), (16, 32, 64, 128, 256), (0, 1, 4)
 class ExportRecipe:
     """What to make of a model: number format, operator dialect, ONNX opset and which graphs.
 
-    `quantization` is how the projections are stored, unless `overrides` names another way for one of them;
+    `quantization` is how the projections and the capability heads' wide matrices are stored, unless `overrides` names
+    another way for one of them, or for all of the heads;
     `embedding` is how the tied table is. None means in the type of the activations.
     `activations` is the type that is computed with, and that the cache, the rotary tables and the scales of quantised
     matrices have; logits are always float32. `calibration` says how quantised matrices are fitted to the model's text;
@@ -83,6 +87,8 @@ class ExportRecipe:
         """How the checkpoint tensor (or packed projection) `source` is quantised; None for not at all."""
         if source == EMBEDDING:
             return self.embedding
+        if is_wide(source):
+            return self.overrides.get(HEADS, self.quantization)
         projection = source.split(".")[-2] if source.count(".") else ""
         for packed, parts in PACKED_PROJECTIONS.items():
             projection = packed if projection in parts else projection
@@ -179,7 +185,7 @@ def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(overrides, dict):
         raise RecipeError(f"recipe {path}: overrides must be a table of projections, got {overrides!r}")
     for projection in overrides:
-        _check_member(path, "overrides", projection, PROJECTIONS)
+        _check_member(path, "overrides", projection, (*PROJECTIONS, HEADS))
     forms["overrides"] = {name: _form(path, f"overrides.{name}", value) for name, value in overrides.items()}
     given = [key for key in ("quantization", "embedding", "overrides") if forms.get(key)]
     quantised = values["precision"] not in FLOAT_PRECISIONS

@@ -36,6 +36,9 @@ DEFAULT_INPUTS: dict[str, list[int] | list[bool]] = {LOGIT_OFFSETS: [0], ENDS_CA
 TRANSPOSED = ".transposed"
 ROTARY_COS, ROTARY_SIN = "rope.cos", "rope.sin"
 
+# Matrices of capability heads that are read together are called what they hold, with this between.
+STACKED = "+"
+
 # A quantised matrix is these initializers (see `quantize.QuantizedMatrix`).
 QuantizedPart = Literal["blocks", "scales", "zero_points"]
 
@@ -147,8 +150,15 @@ def quantized_part(initializer: str) -> tuple[str, QuantizedPart | None]:
     return initializer, None
 
 
+def stacked(sources: Sequence[str]) -> str:
+    """Name of what holds several tensors one above the other."""
+    return STACKED.join(sources)
+
+
 def parts_of(source: str) -> tuple[str, ...]:
-    """The checkpoint tensors that `source` holds one above the other: itself, unless it is a packed projection."""
+    """The tensors of the model that `source` holds one above the other: itself, unless it is packed or stacked."""
+    if STACKED in source:
+        return tuple(source.split(STACKED))
     for packed, parts in PACKED_PROJECTIONS.items():
         if f".{packed}." in source:
             return tuple(source.replace(f".{packed}.", f".{part}.") for part in parts)

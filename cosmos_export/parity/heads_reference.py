@@ -82,16 +82,16 @@ class HeadsReference:
 
     def exact(self, sequence: CallSequence) -> list[Expected]:
         """Every call of a sequence, all arithmetic in float64."""
-        return _run(self._models["exact"], sequence)
+        return run_calls(self._models["exact"], sequence)
 
     def eager(self, sequence: CallSequence, arithmetic: Arithmetic) -> list[Expected]:
         """Every call of a sequence as PyTorch computes it in that arithmetic; int8 activations in float32."""
         if arithmetic is Arithmetic.FLOAT32:
-            return _run(self._models["eager"], sequence)
+            return run_calls(self._models["eager"], sequence)
         if arithmetic is not Arithmetic.INT8_ACTIVATIONS:
-            return _run(self._models["half"], sequence)
+            return run_calls(self._models["half"], sequence)
         with rounded_activations(self._models["eager"], self._recipe):
-            return _run(self._models["eager"], sequence)
+            return run_calls(self._models["eager"], sequence)
 
 
 def load_computed(
@@ -115,7 +115,8 @@ def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.inference_mode()
-def _run(model: CosmosAdvancedModel, sequence: CallSequence) -> list[Expected]:
+def run_calls(model: CosmosAdvancedModel, sequence: CallSequence) -> list[Expected]:
+    """Every call of a sequence, as the eager model computes it."""
     ids = torch.from_numpy(sequence.case.input_ids)
     hidden = model.hidden_states(ids) if model.causal else None  # what comes later changes nothing before
     state = _first_state(model, sequence)

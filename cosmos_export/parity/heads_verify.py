@@ -17,7 +17,7 @@ from cosmos_export.parity.calls import CallSequence, Found
 from cosmos_export.parity.decisions import Difference, first_differences
 from cosmos_export.parity.gates import LOGIT_GATES, SCORE_GATES, Arithmetic, Verdict, judge
 from cosmos_export.parity.heads_reference import Expected, HeadsReference
-from cosmos_export.parity.report import CaseResult, Measurement
+from cosmos_export.parity.report import CaseResult, Measurement, gate_share
 from cosmos_export.progress import Progress
 from cosmos_runtime import Session
 
@@ -62,7 +62,7 @@ def _result(sequence: CallSequence, compared: Comparison) -> CaseResult:
 Numbers = dict[str, NDArray]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One row of one call: its numbers (logits (n, V) by position, scores by name) as the bundle, float64 and the eager
     model in the bundle's arithmetic have them, and what was decided otherwise than in float64."""
@@ -130,31 +130,38 @@ class Comparison:
 
     def _is_tie(self, row: Row) -> bool:
         """Whether rounding may have the working memory read another entry."""
-        noise = max((r.similarity_error for r in self.rows), default=0.0)
-        return row.eager_reads_others or row.lead <= 2 * SCORE_GATES[self.arithmetic].allowed(noise, 1.0)
+        noise = max(r.similarity_error for r in self.rows)
+        return row.eager_reads_others or row.lead <= self._tie(noise)
+
+    def _tie(self, similarity_error: float) -> float:
+        """The lead that two similarities may lose to each other."""
+        return 2 * SCORE_GATES[self.arithmetic].allowed(similarity_error, 1.0)
 
     def _within(self, row: Row) -> bool:
         errors = {name: _largest_error([(row.actual[name], row.exact[name])]) for name in self._gates}
         return all(errors[name] <= allowed for name, (_, allowed) in self._gates.items())
 
     def _of_choices(self, rows: list[Row]) -> Measurement:
-        noise, allowed = self._gates["last"]
-        error = _largest_error((row.actual["last"], row.exact["last"]) for row in rows)
-        return Measurement(MEMORY_CHOICE, error, noise, allowed, Verdict.AMBIGUOUS)
+        lead = max(row.lead for row in rows)
+        noise = max(row.similarity_error for row in self.rows)
+        allowed = max(self._tie(noise), lead)  # where the eager model chose otherwise, the lead may be any
+        return Measurement(MEMORY_CHOICE, lead, noise, allowed, Verdict.AMBIGUOUS)
 
     def _of_decisions(self, rows: list[Row]) -> Measurement:
         """Of all decisions that fell otherwise, the one whose score is furthest beyond what is too near to call."""
-        found = [(row, row.difference) for row in rows if row.difference is not None]
-        worst = max((difference for _, difference in found), key=lambda d: d.margin / self._gates[d.name][1])
-        near = all(self._is_near(row, difference) for row, difference in found)
-        noise, allowed = self._gates[worst.name]
-        return Measurement(DECISIONS, worst.margin, noise, allowed, Verdict.AMBIGUOUS if near else Verdict.FAIL)
+        found = [self._of_decision(row, row.difference) for row in rows if row.difference is not None]
+        return max(found, key=gate_share)
 
-    def _is_near(self, row: Row, difference: Difference) -> bool:
-        eager = row.eager_difference
-        return difference.margin <= self._gates[difference.name][1] or (
-            eager is not None and eager.name == difference.name
-        )
+    def _of_decision(self, row: Row, difference: Difference) -> Measurement:
+        """The score's distance from its threshold, and what rounding may make of it: also in this very row, where it
+        took the eager model to the other side as well."""
+        name = difference.name
+        noise = self._gates[name][0]
+        if row.eager_difference is not None and row.eager_difference.name == name:
+            noise = max(noise, _largest_error([(row.eager[name], row.exact[name])]))
+        allowed = self._allowed(name, noise)
+        verdict = Verdict.AMBIGUOUS if difference.margin <= allowed else Verdict.FAIL
+        return Measurement(DECISIONS, difference.margin, noise, allowed, verdict)
 
 
 def _rows(actual: Found, exact: Expected, eager: Expected) -> Iterator[Row]:

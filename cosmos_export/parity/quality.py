@@ -5,6 +5,7 @@ Parity asks whether the graph computes what it should; this asks how far that is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.model.decoder import CosmosDecoder
-from cosmos_export.model.loading import load_decoder
+from cosmos_export.model.loading import load_decoder, load_model
 from cosmos_export.parity.cases import TokenIds
 from cosmos_export.parity.gates import QUALITY_GATES
+from cosmos_export.parity.heads_quality import predictions_of_bundle, predictions_of_model, write_row
 from cosmos_export.parity.metrics import kl_divergences, log_softmax
 from cosmos_runtime import Sampling, Session, generate
 
@@ -45,13 +46,17 @@ class Quality:
 
 def measure_quality(
     session: Session, checkpoint: Checkpoint, rows: list[TokenIds] | None, *, causal: bool = True
-) -> Quality:
-    """Compares `session` with the float32 model on `rows` of token ids, or on text that the model writes."""
+) -> Quality | None:
+    """Compares `session` with the float32 model on `rows` of token ids, or on text that the model writes.
+
+    None where there is nothing to compare: both block every token.
+    """
     named = rows is not None
     rows = rows if rows is not None else sampled_text(session)
-    model = load_decoder(checkpoint, causal=causal)
-    compared = [_compare(session, model, row) for row in rows]
+    compared = list(_compared(session, checkpoint, rows, causal))
     divergence, same, nats, model_nats = (np.concatenate(part) for part in zip(*compared, strict=True))
+    if not len(divergence):
+        return None
     mean, agreement = float(divergence.mean()), float(same.mean())
     gate = QUALITY_GATES.get(session.manifest.recipe["precision"])
     applies = gate is not None and checkpoint.origin.get("kind") == "checkpoint"
@@ -73,7 +78,8 @@ def sampled_text(session: Session, *, seed: int = 0) -> list[TokenIds]:
     manifest = session.manifest
     length = min(SAMPLED_LENGTH, manifest.max_sequence_length)
     starts = draw.integers(0, manifest.vocab_size, SAMPLED_ROWS)
-    return [_write(session, int(start), length, seed + row) for row, start in enumerate(starts)]
+    write = _write if manifest.capabilities is None else write_row
+    return [write(session, int(start), length, seed + row) for row, start in enumerate(starts)]
 
 
 def rows_of_text(session: Session, text: str) -> list[TokenIds]:
@@ -92,10 +98,27 @@ def _write(session: Session, start: int, length: int, seed: int) -> TokenIds:
 
 
 @torch.inference_mode()
-def _compare(session: Session, model: CosmosDecoder, row: TokenIds) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """(divergence, same best token, nats, the model's nats) of each token of `row` after its first."""
-    actual = log_softmax(session.logits(row)[0, :-1])
-    exact = log_softmax(model(torch.from_numpy(row[None])).numpy()[0, :-1])
-    places = np.arange(len(row) - 1), row[1:]
+def _compared(
+    session: Session, checkpoint: Checkpoint, rows: list[TokenIds], causal: bool
+) -> Iterator[tuple[NDArray, NDArray, NDArray, NDArray]]:
+    """What `_compare` gives of each row."""
+    heads = session.manifest.capabilities
+    if heads is None:
+        decoder = load_decoder(checkpoint, causal=causal)
+        for row in rows:
+            exact = decoder(torch.from_numpy(row[None])).numpy()[0, :-1]
+            yield _compare(session.logits(row)[0, :-1], exact, row[1:])
+        return
+    model = load_model(checkpoint, causal=causal, capabilities=heads["names"])
+    for row in rows:
+        actual, expected = predictions_of_bundle(session, row), predictions_of_model(model, row)
+        told = ~(actual.blocked & expected.blocked)  # where both withhold the token there is nothing to compare
+        yield _compare(actual.logits[told], expected.logits[told], row[1:][told])
+
+
+def _compare(actual: NDArray, exact: NDArray, targets: TokenIds) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+    """(divergence, same best token, nats, the model's nats) of each target (N,), from logits (N, V)."""
+    actual, exact = log_softmax(actual), log_softmax(exact)
+    places = np.arange(len(targets)), targets
     same = actual.argmax(-1) == exact.argmax(-1)
     return kl_divergences(exact, actual), same, -actual[places], -exact[places]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.backbone import CosmosBackbone
+from cosmos_export.model.capabilities.semantic_memory import FrozenLinear
 from cosmos_export.model.loading import load_decoder
 from cosmos_export.onnx.quantize import INT8_ACTIVATIONS, Quantization
 from cosmos_export.parity.gates import Arithmetic
@@ -65,7 +66,7 @@ def rounded_activations(model: CosmosBackbone, recipe: ExportRecipe) -> Iterator
     handles = []
     for name, module in model.named_modules():
         block_size = _rounded_blocks(recipe.form_of(f"{name}.weight"))
-        if isinstance(module, nn.Linear) and block_size:
+        if isinstance(module, nn.Linear | FrozenLinear) and block_size:
             handles.append(module.register_forward_pre_hook(_RoundInput(block_size)))
     project, head_block_size = model.logits, _rounded_blocks(recipe.embedding)
     if head_block_size:

@@ -12,6 +12,7 @@ from cosmos_export.onnx.passes.fuse_skip_norm import FuseSkipNorm
 from cosmos_export.onnx.passes.name_by_module import NameByModule
 from cosmos_export.onnx.passes.pack_projections import PackProjections
 from cosmos_export.onnx.passes.quantize_embedding import QuantizeEmbedding
+from cosmos_export.onnx.passes.quantize_heads import QuantizeHeads
 from cosmos_export.onnx.passes.quantize_projections import QuantizeProjections
 from cosmos_export.onnx.passes.share_tied_projection import ShareTiedProjection
 from cosmos_export.onnx.passes.store_transposed import StoreTransposed
@@ -23,6 +24,7 @@ __all__ = [
     "NameByModule",
     "PackProjections",
     "QuantizeEmbedding",
+    "QuantizeHeads",
     "QuantizeProjections",
     "ShareTiedProjection",
     "StoreTransposed",
@@ -40,4 +42,4 @@ def _passes(recipe: ExportRecipe) -> list[ir.passes.InPlacePass]:
     # The passes that deal with the tied table come first: the transposes they leave are of matrices nothing else reads.
     common = [NameByModule(), QuantizeEmbedding(recipe), ShareTiedProjection(), StoreTransposed(), WriteMemoryLast()]
     fused = [PackProjections(), FuseSkipNorm()] if recipe.dialect == "ort" else []
-    return [*common, *fused, QuantizeProjections(recipe)]
+    return [*common, *fused, QuantizeProjections(recipe), QuantizeHeads(recipe)]
