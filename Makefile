@@ -34,13 +34,16 @@ test: $(READY) ## Run the tests
 	$(RUN)python -m pytest
 
 # Each is MODEL/RECIPE: every recipe on the trained model, the default one on the geometries of the other presets.
-PROVEN := $(foreach r,fp32 cpu-fp32 cpu-int8 cpu-int4 cpu-int4-quick portable-fp32,demo/$(r)) beginner/cpu-fp32 advanced-reduced/cpu-fp32
+# MODEL/RECIPE/heads has all capabilities.
+DEMO_RECIPES := fp32 cpu-fp32 cpu-fp16 cpu-int8 cpu-int4 cpu-int4-quick portable-fp32 cpu-fp32/heads cpu-int8/heads
+PROVEN := $(addprefix demo/,$(DEMO_RECIPES)) beginner/cpu-fp32 beginner/fp32/heads advanced-reduced/cpu-fp32
 
 verify-parity: $(READY) ## Export and prove the demo, beginner and reduced advanced models; reports in build/parity
 	@mkdir -p $(PARITY)
-	@for it in $(PROVEN); do model=$${it%/*}; recipe=$${it#*/}; bundle=$(PARITY)/$$model-$$recipe; \
-	  source=$$(test $$model = demo || echo --preset $$model); \
-	  $(RUN)cosmos-export onnx $$source --recipe $$recipe --verify off --overwrite --out $$bundle && \
+	@for it in $(PROVEN); do model=$${it%%/*}; recipe=$${it#*/}; recipe=$${recipe%/heads}; \
+	  source=$$(test $$model = demo || echo --preset $$model); bundle=$(PARITY)/$$(echo $$it | tr / -); heads=; \
+	  case $$it in */heads) heads="--capabilities reasoning,memory,safety,evaluation";; esac; \
+	  $(RUN)cosmos-export onnx $$source --recipe $$recipe $$heads --verify off --overwrite --out $$bundle && \
 	  $(RUN)cosmos-export verify $$bundle --json $$bundle.json || exit 1; done
 
 lint: $(READY) ## ruff (lint and format) and mypy

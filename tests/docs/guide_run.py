@@ -52,7 +52,7 @@ class GuideRun:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             encoding="utf-8",
-            timeout=120,
+            timeout=300,
         )
         return done.returncode != 0, done.stdout
 
