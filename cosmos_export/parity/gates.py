@@ -79,7 +79,11 @@ SCORE_GATES = {
     Arithmetic.FLOAT16: LogitGate(4.0, 2e-3, reason="as for logits: two roundings of a logit of magnitude 4 and more"),
     Arithmetic.BFLOAT16: LogitGate(4.0, 1.6e-2, reason="as for float16, with 8 bits"),
     Arithmetic.INT8_ACTIVATIONS: LogitGate(
-        4.0, 1e-5, reason="as for logits: the eager model with rounded activations shows what rounding does here"
+        4.0,
+        1e-2,
+        reason="the eager model with rounded activations shows what rounding does here, but a case has one value of a "
+        "score a row, and that one may happen to be exact: one hundredth, about one level of an activation rounded to "
+        "127 of them, was seen to be enough by far. It finds a wrong graph; the tight gate is float32's, on the same bytes",
     ),
 }
 
