@@ -83,7 +83,7 @@ SCORE_GATES = {
         1e-2,
         reason="the eager model with rounded activations shows what rounding does here, but a case has one value of a "
         "score a row, and that one may happen to be exact: one hundredth, about one level of an activation rounded to "
-        "127 of them, was seen to be enough by far. It finds a wrong graph; the tight gate is float32's, on the same bytes",
+        "127 of them, was enough by far. It finds a wrong graph; the tight gate is float32's, on the same bytes",
     ),
 }
 
