@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cosmos_runtime.batch_decoding import BatchDecoder, new_batch_decoder
     from cosmos_runtime.batch_generation import BatchGeneration, generate_batch
+    from cosmos_runtime.binding import Binding, LoadedGraph, Memory
     from cosmos_runtime.bundle import Bundle
     from cosmos_runtime.continuation import Continuation
     from cosmos_runtime.decoding import Decoder, RewindingDecoder, new_decoder
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
         DECODER,
         DEVICE_LOOP,
         FULL_SEQUENCE,
+        GRAPH_FORMATS,
         MANIFEST_NAME,
+        ONNX,
+        PT2,
         SAMPLER,
+        TORCHSCRIPT,
         FileEntry,
         GraphSpec,
         Manifest,
@@ -48,7 +53,7 @@ if TYPE_CHECKING:
         score_specs,
     )
     from cosmos_runtime.scoring import Score, score
-    from cosmos_runtime.session import Output, Session, load
+    from cosmos_runtime.session import Output, Session, choose_graph, load, session_on
     from cosmos_runtime.tokenizer import TextStream, Tokenizer
 
     __version__: str
@@ -60,14 +65,19 @@ __all__ = [
     "DEVICE_LOOP",
     "EVALUATION_CHECKS",
     "FULL_SEQUENCE",
+    "GRAPH_FORMATS",
     "LABELS",
     "MANIFEST_NAME",
+    "ONNX",
+    "PT2",
     "SAFETY_CHECKS",
     "SAFETY_LEVELS",
     "SAMPLER",
     "THRESHOLDS",
+    "TORCHSCRIPT",
     "BatchDecoder",
     "BatchGeneration",
+    "Binding",
     "Bundle",
     "BundleError",
     "Continuation",
@@ -78,7 +88,9 @@ __all__ = [
     "Generation",
     "GraphSpec",
     "InputError",
+    "LoadedGraph",
     "Manifest",
+    "Memory",
     "MemoryBank",
     "Output",
     "ProviderError",
@@ -94,6 +106,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "__version__",
+    "choose_graph",
     "describe_file",
     "generate",
     "generate_batch",
@@ -105,11 +118,13 @@ __all__ = [
     "sample",
     "score",
     "score_specs",
+    "session_on",
 ]
 
 _PUBLIC_NAMES = {
     "batch_generation": ("BatchGeneration", "generate_batch"),
     "batch_decoding": ("BatchDecoder", "new_batch_decoder"),
+    "binding": ("Binding", "LoadedGraph", "Memory"),
     "bundle": ("Bundle",),
     "continuation": ("Continuation",),
     "decoding": ("Decoder", "RewindingDecoder", "new_decoder"),
@@ -122,8 +137,12 @@ _PUBLIC_NAMES = {
         "DECODER",
         "DEVICE_LOOP",
         "FULL_SEQUENCE",
+        "GRAPH_FORMATS",
         "MANIFEST_NAME",
+        "ONNX",
+        "PT2",
         "SAMPLER",
+        "TORCHSCRIPT",
         "FileEntry",
         "GraphSpec",
         "Manifest",
@@ -143,7 +162,7 @@ _PUBLIC_NAMES = {
         "score_specs",
     ),
     "scoring": ("Score", "score"),
-    "session": ("Output", "Session", "load"),
+    "session": ("Output", "Session", "choose_graph", "load", "session_on"),
     "tokenizer": ("TextStream", "Tokenizer"),
 }
 _HOME = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}

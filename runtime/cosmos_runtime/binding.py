@@ -4,7 +4,7 @@ Binding costs some microseconds a tensor, so what stays where it is stays bound 
 """
 
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,51 @@ class Memory(NamedTuple):
     shape: tuple[int, ...]
     address: int
     owner: object
+
+
+class Binding(Protocol):
+    """Names of a graph's tensors bound to buffers, whatever computes the graph; `GraphBinding` says what each does."""
+
+    graph_seconds: float
+
+    def bind_input(self, name: str, array: Array) -> None:
+        """Read `name` from a contiguous array on the host."""
+        ...
+
+    def bind_output(self, name: str, array: Array) -> None:
+        """Write `name` into a contiguous array on the host."""
+        ...
+
+    def bind_in_place(self, source: str, target: str, memory: Memory) -> None:
+        """Read input `source` from, and write output `target` into, the same memory."""
+        ...
+
+    def run(self) -> None:
+        """Compute. Raises: CosmosRuntimeError."""
+        ...
+
+    def cancel(self) -> None:
+        """Make later runs fail, and the one in progress where that is possible."""
+        ...
+
+
+class LoadedGraph(Protocol):
+    """A graph that is ready to run, whatever computes it."""
+
+    def new_binding(self, place: str) -> Binding:
+        """Nothing bound yet; errors name `place`."""
+        ...
+
+
+class OnnxGraph:
+    """A graph that ONNX Runtime has loaded."""
+
+    def __init__(self, inference: "onnxruntime.InferenceSession") -> None:
+        self._inference = inference
+
+    def new_binding(self, place: str) -> "GraphBinding":
+        """Nothing bound yet; errors name `place`."""
+        return GraphBinding(self._inference, place)
 
 
 class GraphBinding:

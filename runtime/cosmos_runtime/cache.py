@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cosmos_runtime.binding import HOST, GraphBinding, Memory, allocate, item_size
+from cosmos_runtime.binding import HOST, Binding, Memory, allocate, item_size
 from cosmos_runtime.device_stream import HostStream, Stream
 from cosmos_runtime.manifest import GraphSpec, Role, TensorSpec
 
@@ -44,7 +44,7 @@ class KeyValueCache:
         """Where each buffer lies in its device's memory, in the order of the graph's inputs."""
         return [int(value.data_ptr()) for value in self._values]
 
-    def bind(self, binding: GraphBinding, row: int | None = None, rows: int = 1) -> None:
+    def bind(self, binding: Binding, row: int | None = None, rows: int = 1) -> None:
         """Bind every buffer as past and present at once; with `row`, that one and those behind it, `rows` in all."""
         batch, first = (self.batch, 0) if row is None else (rows, row)
         for (past, present), address in zip(self._pairs, self.addresses, strict=True):

@@ -4,21 +4,19 @@ B  batch    T  new tokens    N  tokens in all    n  wanted positions    L  cache
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cosmos_runtime.arrays import Floats, TokenIds
-from cosmos_runtime.binding import GraphBinding
+from cosmos_runtime.binding import Binding, GraphBinding, LoadedGraph
 from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.cache import KeyValueCache, cache_length
 from cosmos_runtime.device_stream import HostStream, Stream
+from cosmos_runtime.errors import CosmosRuntimeError
 from cosmos_runtime.heads import Diagnosis, HeadBinding, MemoryBank, has_heads
 from cosmos_runtime.manifest import GraphSpec, Role
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 # A longer run of tokens goes through the graph in pieces of this many: attention's scores are (heads, T, N).
 CHUNK = 512
@@ -27,11 +25,9 @@ CHUNK = 512
 class DecoderGraph:
     """A loaded decoder graph. It keeps no state: that is in the caches, one a request."""
 
-    def __init__(
-        self, inference: "onnxruntime.InferenceSession", spec: GraphSpec, bundle: Bundle, stream: Stream | None = None
-    ) -> None:
+    def __init__(self, loaded: LoadedGraph, spec: GraphSpec, bundle: Bundle, stream: Stream | None = None) -> None:
         self.spec, self.stream = spec, stream or HostStream()
-        self._inference, self._place, self._manifest = inference, str(bundle.path), bundle.manifest
+        self._loaded, self._place, self._manifest = loaded, str(bundle.path), bundle.manifest
         self.tokens, self.logits = spec.input(Role.TOKENS).name, spec.output(Role.LOGITS).name
         self.vocab_size, self.max_sequence_length = bundle.manifest.vocab_size, bundle.manifest.max_sequence_length
 
@@ -44,9 +40,16 @@ class DecoderGraph:
         """What tells the graph how long rows are, for a cache of `batch` rows and `length` places."""
         return LengthFeed(self.spec, batch) if self.by_lengths else MaskFeed(self.spec, batch, length)
 
-    def new_binding(self) -> GraphBinding:
+    def new_binding(self) -> Binding:
         """Nothing bound yet."""
-        return GraphBinding(self._inference, self._place)
+        return self._loaded.new_binding(self._place)
+
+    def device_binding(self) -> GraphBinding:
+        """The same for a loop that stays on a device, which ONNX Runtime alone can do."""
+        binding = self.new_binding()
+        if not isinstance(binding, GraphBinding):
+            raise CosmosRuntimeError(f"{self._place}: only ONNX Runtime decodes without the host")
+        return binding
 
     def new_cache(self, batch: int, tokens: int) -> KeyValueCache:
         """A cache for `batch` rows of up to `tokens` tokens."""
@@ -59,7 +62,7 @@ class DecoderGraph:
             return None
         return MemoryBank(self.spec, self._manifest, batch, calls, self.stream)
 
-    def bind_heads(self, binding: GraphBinding, bank: MemoryBank | None, rows: slice) -> HeadBinding | None:
+    def bind_heads(self, binding: Binding, bank: MemoryBank | None, rows: slice) -> HeadBinding | None:
         """The heads' tensors of some rows; None for a plain decoder."""
         return None if bank is None else HeadBinding(self.spec, self._manifest, binding, bank, rows)
 
@@ -67,7 +70,7 @@ class DecoderGraph:
         """A buffer (B, n, V) of the graph's own type."""
         return np.empty((batch, positions, self.vocab_size), self.spec.output(Role.LOGITS).dtype)
 
-    def bind_logits(self, binding: GraphBinding, logits: Floats) -> None:
+    def bind_logits(self, binding: Binding, logits: Floats) -> None:
         """Receive logits (B, n, V)."""
         binding.bind_output(self.logits, logits.reshape(-1, self.vocab_size) if self.by_lengths else logits)
 
@@ -97,11 +100,11 @@ class DecoderGraph:
 class Feed(Protocol):
     """Binds the inputs that say where tokens stand and which positions get logits."""
 
-    def append(self, binding: GraphBinding, before: int, length: int, wanted: int) -> None:
+    def append(self, binding: Binding, before: int, length: int, wanted: int) -> None:
         """Every row gets `length` tokens behind its first `before`; logits of the last `wanted` of them."""
         ...
 
-    def step(self, binding: GraphBinding, lengths: npt.NDArray[np.int64] | int) -> None:
+    def step(self, binding: Binding, lengths: npt.NDArray[np.int64] | int) -> None:
         """Every row gets one token, which its length (B,) counts in; an int for a batch of one."""
         ...
 
@@ -116,13 +119,13 @@ class MaskFeed:
         self._offsets = np.arange(length - 1, -1, -1, dtype=np.int64)
         self._places = np.arange(length)
 
-    def append(self, binding: GraphBinding, before: int, length: int, wanted: int) -> None:
+    def append(self, binding: Binding, before: int, length: int, wanted: int) -> None:
         """Every row gets `length` tokens behind its first `before`; logits of the last `wanted` of them."""
         total = before + length
         binding.bind_input(self._mask, self._ones[: self._batch * total].reshape(self._batch, total))
         binding.bind_input(self._offset, self._offsets[-wanted:])
 
-    def step(self, binding: GraphBinding, lengths: npt.NDArray[np.int64] | int) -> None:
+    def step(self, binding: Binding, lengths: npt.NDArray[np.int64] | int) -> None:
         """Every row gets one token, which its length (B,) counts in; an int for a batch of one."""
         binding.bind_input(self._mask, self._step_mask(lengths))
 
@@ -141,22 +144,22 @@ class LengthFeed:
         self._rows, self._batch = spec.input(Role.LOGIT_ROWS).name, batch
         self._wanted: tuple[int, int] | None = None
 
-    def append(self, binding: GraphBinding, before: int, length: int, wanted: int) -> None:
+    def append(self, binding: Binding, before: int, length: int, wanted: int) -> None:
         """Every row gets `length` tokens behind its first `before`; logits of the last `wanted` of them."""
         self._bind(binding, np.full(self._batch, before + length - 1), before + length)
         self._want(binding, length, wanted)
 
-    def step(self, binding: GraphBinding, lengths: npt.NDArray[np.int64] | int) -> None:
+    def step(self, binding: Binding, lengths: npt.NDArray[np.int64] | int) -> None:
         """Every row gets one token, which its length (B,) counts in; an int for a batch of one."""
         ends = np.atleast_1d(lengths)
         self._bind(binding, ends - 1, int(ends.max()))
         self._want(binding, 1, 1)
 
-    def _bind(self, binding: GraphBinding, last: npt.NDArray[np.int64], total: int) -> None:
+    def _bind(self, binding: Binding, last: npt.NDArray[np.int64], total: int) -> None:
         binding.bind_input(self._last, last.astype(np.int32))
         binding.bind_input(self._total, np.array(total, np.int32))
 
-    def _want(self, binding: GraphBinding, length: int, wanted: int) -> None:
+    def _want(self, binding: Binding, length: int, wanted: int) -> None:
         if self._wanted != (length, wanted):
             places = np.arange(self._batch)[:, None] * length + np.arange(length - wanted, length)
             binding.bind_input(self._rows, places.ravel())
@@ -234,7 +237,7 @@ class Stepper:
         return logits
 
 
-def _run(graph: DecoderGraph, binding: GraphBinding, heads: HeadBinding | None, ends_call: bool) -> None:
+def _run(graph: DecoderGraph, binding: Binding, heads: HeadBinding | None, ends_call: bool) -> None:
     if heads is not None:
         heads.prepare(graph.stream, ends_call=ends_call)
     binding.run()

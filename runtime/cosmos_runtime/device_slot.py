@@ -58,7 +58,7 @@ class DeviceSlot:
         self._staged = _Staging(graph, batch, min(PREFILL_TOKENS, batch * length))
         self._readings = itertools.cycle([self._host_arrays() for _ in range(3)])
         self._prefill_options = device_run_options(-1)
-        self._decoder = _Captured(graph.new_binding())
+        self._decoder = _Captured(graph.device_binding())
         self._bind_decoder(self._decoder.binding)
         self._capture(self._decoder)
 
@@ -98,7 +98,7 @@ class DeviceSlot:
     def _prefill(self, first: int, prompts: Sequence[TokenIds]) -> None:
         """Put prompts (T,) into as many rows of the cache from `first` on, padded to the longest."""
         longest = max(len(prompt) for prompt in prompts)
-        binding = self._graph.new_binding()
+        binding = self._graph.device_binding()
         self._cache.bind(binding, first, len(prompts))
         shape = (len(prompts), self._graph.vocab_size)
         binding.bind_output_memory(self._graph.logits, self._logits.memory(shape, first * shape[1]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cosmos_runtime.binding import GraphBinding
+from cosmos_runtime.binding import Binding
 from cosmos_runtime.device_stream import DeviceArray, Stream
 from cosmos_runtime.diagnostics import nested_diagnostics
 from cosmos_runtime.errors import InputError
@@ -94,7 +94,7 @@ class MemoryBank:
                 f"session.new_memory({self.batch}, calls=...)"
             )
 
-    def bind(self, binding: GraphBinding, pair: tuple[TensorSpec, TensorSpec], rows: slice) -> None:
+    def bind(self, binding: Binding, pair: tuple[TensorSpec, TensorSpec], rows: slice) -> None:
         """Bind a state as past and present at once, for some rows."""
         past, present = pair
         array = self._arrays[past.name]
@@ -111,11 +111,9 @@ class MemoryBank:
 
 
 class HeadBinding:
-    """The heads' tensors of one `GraphBinding`: the state of some rows in place, scores into arrays of the host."""
+    """The heads' tensors of one binding: the state of some rows in place, scores into arrays of the host."""
 
-    def __init__(
-        self, graph: GraphSpec, manifest: "Manifest", binding: GraphBinding, bank: MemoryBank, rows: slice
-    ) -> None:
+    def __init__(self, graph: GraphSpec, manifest: "Manifest", binding: Binding, bank: MemoryBank, rows: slice) -> None:
         self._graph, self._manifest, self._binding = graph, manifest, binding
         self._bank, self._rows, self._batch = bank, rows, rows.stop - rows.start
         self._names = {tensor.role: tensor.name for tensor in graph.inputs}

@@ -16,7 +16,12 @@ from cosmos_runtime.scores import CAPABILITIES
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "cosmos-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+# What a bundle's graphs are, and the version of the manifest that first knew it. This runtime runs ONNX; the others are
+# PyTorch programs, for `cosmos_export` and for torch alone.
+ONNX, TORCHSCRIPT, PT2 = "onnx", "torchscript", "pt2"
+GRAPH_FORMATS = {ONNX: 1, TORCHSCRIPT: 2, PT2: 2}
 
 # Graphs: logits of whole sequences, nothing remembered; and new tokens on top of a key/value cache.
 FULL_SEQUENCE = "full_sequence"
@@ -98,10 +103,10 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One ONNX graph of the bundle: its file and its signature."""
+    """One graph of the bundle: its file and its signature. An ONNX graph has an opset."""
 
     file: str
-    opset: int
+    opset: int | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -133,8 +138,9 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A bundle's manifest, format version 1.
+    """A bundle's manifest.
 
+    `graph_format` is one of `GRAPH_FORMATS`.
     `source`, `recipe`, `model`, `generation` and `parity` are free-form beyond the keys checked here. `generation`
     holds the model's own defaults for sampling; `files` names every file of the bundle except the manifest itself.
     `capabilities` is None for a plain decoder. A model with capability heads says which (`names`), the `settings` that
@@ -155,6 +161,7 @@ class Manifest:
     files: Mapping[str, FileEntry]
     parity: Mapping[str, Any] | None
     capabilities: Mapping[str, Any] | None = None
+    graph_format: str = ONNX
 
     @property
     def vocab_size(self) -> int:
@@ -180,6 +187,7 @@ class Manifest:
         """Parse and check a manifest. Raises: BundleError naming the first key that is wrong."""
         fields = parse_object(text, MANIFEST_NAME)
         _check_format(fields)
+        graph_format = _graph_format(fields)
         manifest = cls(
             name=fields.text("name"),
             created=_timestamp(fields, "created"),
@@ -189,18 +197,19 @@ class Manifest:
             recipe=_recipe(fields.object("recipe")),
             model=_model(fields.object("model")),
             generation=fields.object("generation").as_dict(),
-            graphs=_graphs(fields.object("graphs")),
+            graphs=_graphs(fields.object("graphs"), graph_format),
             tokenizer=_tokenizer(fields),
             files=_files(fields.object("files")),
             parity=_parity(fields.optional_object("parity")),
             capabilities=_capabilities(fields),
+            graph_format=graph_format,
         )
         _check_files_listed(manifest)
         return manifest
 
     def to_json(self) -> str:
         """The manifest as JSON text in a stable key order. Raises: BundleError for what `from_json` would refuse."""
-        document = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        document = {"format": FORMAT, "format_version": GRAPH_FORMATS[self.graph_format], **asdict(self)}
         try:
             text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
@@ -218,6 +227,13 @@ def _check_format(fields: Fields) -> None:
             f"{MANIFEST_NAME}: format_version: this runtime reads up to {FORMAT_VERSION}, got {version}; "
             f"upgrade it with: pip install --upgrade cosmos-export"
         )
+
+
+def _graph_format(fields: Fields) -> str:
+    if "graph_format" not in fields.values:  # bundles of before there were others have no such key
+        return ONNX
+    known = "|".join(GRAPH_FORMATS)
+    return fields.text("graph_format", pattern=known, expected=f"one of {', '.join(GRAPH_FORMATS)}")
 
 
 def _timestamp(fields: Fields, key: str) -> str:
@@ -254,17 +270,17 @@ def _model(fields: Fields) -> dict[str, Any]:
     return fields.as_dict()
 
 
-def _graphs(fields: Fields) -> dict[str, GraphSpec]:
-    graphs = {name: _graph(child) for name, child in fields.children().items()}
+def _graphs(fields: Fields, graph_format: str) -> dict[str, GraphSpec]:
+    graphs = {name: _graph(child, graph_format) for name, child in fields.children().items()}
     if not graphs:
         raise BundleError(f"{MANIFEST_NAME}: graphs: expected at least one graph, got none; export the bundle again")
     return graphs
 
 
-def _graph(fields: Fields) -> GraphSpec:
+def _graph(fields: Fields, graph_format: str) -> GraphSpec:
     return GraphSpec(
         file=_file_name(fields, "file"),
-        opset=fields.integer("opset", minimum=1),
+        opset=fields.integer("opset", minimum=1) if graph_format == ONNX else None,
         inputs=_tensors(fields, "inputs"),
         outputs=_tensors(fields, "outputs"),
     )

@@ -8,13 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cosmos_runtime.arrays import TokenIds
+from cosmos_runtime.binding import LoadedGraph, OnnxGraph
 from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.decoder_graph import DecoderGraph
+from cosmos_runtime.device_stream import Stream
 from cosmos_runtime.errors import BundleError, InputError, ProviderError, TokenizerError
 from cosmos_runtime.full_sequence_graph import FullSequenceGraph
 from cosmos_runtime.head_signature import check_heads
 from cosmos_runtime.heads import Diagnosis, MemoryBank, has_heads
-from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, SAMPLER, GraphSpec, Manifest, Role
+from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, ONNX, SAMPLER, GraphSpec, Manifest, Role
 from cosmos_runtime.providers import create_inference_session, open_stream
 from cosmos_runtime.signature import check_decoder, check_full_sequence, check_signature
 from cosmos_runtime.threads import thread_count
@@ -42,19 +44,36 @@ def load(
     Raises: BundleError, ProviderError (never another device instead), InputError for `threads` or `graph`.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    name = _default_graph(opened.manifest) if graph is None else _known_graph(graph)
-    spec = opened.manifest.graph(name)
-    _CHECKS[name](spec, opened.manifest.vocab_size)
-    check_heads(spec, opened.manifest)
+    _refuse_torch_programs(opened.manifest)
+    name, spec = choose_graph(opened.manifest, graph)
     check_device(opened.manifest, spec, provider)
     stream = open_stream(provider) if name == DECODER else None
     replays = stream is not None and has_device_loop(opened.manifest)
     file = opened.file(spec.file)
     inference = create_inference_session(file, provider, thread_count(threads), stream, replays=replays)
     check_signature(inference, spec)
-    if name == DECODER:
-        return Session(opened, provider, DecoderGraph(inference, spec, opened, stream))
-    return Session(opened, provider, FullSequenceGraph(inference, spec, opened, stream))
+    return session_on(OnnxGraph(inference), opened, name, provider=provider, stream=stream)
+
+
+def choose_graph(manifest: Manifest, name: str | None = None) -> tuple[str, GraphSpec]:
+    """A bundle's graph called `name`, or the one that runs fastest, checked to be one that a `Session` can run.
+
+    Raises: InputError for a name that no session knows, BundleError where the bundle has it not, or not as it should.
+    """
+    name = _default_graph(manifest) if name is None else _known_graph(name)
+    spec = manifest.graph(name)
+    _CHECKS[name](spec, manifest.vocab_size)
+    check_heads(spec, manifest)
+    return name, spec
+
+
+def session_on(
+    graph: LoadedGraph, bundle: Bundle, name: str, *, provider: str = "cpu", stream: Stream | None = None
+) -> "Session":
+    """A session over a bundle's graph `name` that some engine has loaded. `load` is this with ONNX Runtime, and whatever
+    generates or scores with a session does so with any engine."""
+    make = DecoderGraph if name == DECODER else FullSequenceGraph
+    return Session(bundle, provider, make(graph, bundle.manifest.graph(name), bundle, stream))
 
 
 class Output(NamedTuple):
@@ -152,6 +171,14 @@ class Session:
             expected = f"one of {batch} rows" if has_heads(self.manifest) else "none: this is a plain decoder"
             raise InputError(f"memory: expected {expected}, got one of {memory.batch} rows")
         return memory
+
+
+def _refuse_torch_programs(manifest: Manifest) -> None:
+    if manifest.graph_format != ONNX:
+        raise BundleError(
+            f"{manifest.name} is a {manifest.graph_format} bundle, which needs PyTorch; this runtime runs ONNX. Export "
+            f"the checkpoint with `cosmos-export onnx`, or open it where torch is: cosmos_export.load_session(...)"
+        )
 
 
 def has_device_loop(manifest: Manifest) -> bool:

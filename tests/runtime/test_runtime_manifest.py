@@ -38,7 +38,7 @@ def test_round_trip(document: dict[str, Any]) -> None:
 
 def test_keys_stand_in_the_documented_order(document: dict[str, Any]) -> None:
     expected = "format format_version name created tool versions source recipe model generation graphs tokenizer files"
-    assert list(document) == [*expected.split(), "parity", "capabilities"]
+    assert list(document) == [*expected.split(), "parity", "capabilities", "graph_format"]
 
 
 def test_text_is_readable_utf8(document: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ def test_missing_graph_names_those_there_are(document: dict[str, Any]) -> None:
     [
         ("format", "other", "format: expected 'cosmos-bundle'"),
         ("format", MISSING, "format: missing"),
-        ("format_version", 2, "pip install --upgrade"),
+        ("format_version", 3, "pip install --upgrade"),
         ("format_version", 0, "format_version: expected an integer"),
         ("format_version", True, "format_version: expected an integer"),
         ("format_version", "1", "format_version: expected an integer"),
