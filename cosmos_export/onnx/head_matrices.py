@@ -26,6 +26,8 @@ _NAMED = (
     "key_proj",
     "value_proj",
     "concept_query",
+    "concept_keys",
+    "concept_values",
     "out_proj",
     "skills_in",
     "skills_out",

@@ -57,9 +57,16 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def _rewrite(graph: Path) -> None:
     model = onnx.load(graph, load_external_data=False)
-    for node in model.graph.node:
+    _compute_in_float32(model.graph)
+    graph.unlink()  # it may be a link to the bundle's own
+    graph.write_bytes(model.SerializeToString())
+
+
+def _compute_in_float32(graph: onnx.GraphProto) -> None:
+    """Quantised products of a graph and of its branches."""
+    for node in graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = FLOAT32_ACTIVATIONS
-    graph.unlink()  # it may be a link to the bundle's own
-    graph.write_bytes(model.SerializeToString())
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _compute_in_float32(attribute.g)

@@ -59,8 +59,10 @@ def _scores_swapped(graph: GraphProto) -> None:
 
 
 def _a_score_of_another_round(graph: GraphProto) -> None:
-    gather = _producer(graph, "evaluation.factuality")
-    gather.input[0], gather.input[1] = gather.input[1], gather.input[0]
+    scores = _producer(graph, "evaluation.factuality")
+    scores.output[0] = "in order"
+    graph.initializer.append(numpy_helper.from_array(np.array([1, 0]), "last first"))
+    graph.node.append(helper.make_node("Gather", ["in order", "last first"], ["evaluation.factuality"], axis=1))
 
 
 def _from_the_past(output: str, past: str) -> GraphFault:

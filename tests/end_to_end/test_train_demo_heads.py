@@ -194,18 +194,22 @@ def test_calibration_makes_confidence_the_share_that_is_right(model: CosmosAdvan
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(20_000, TINY["dim"], generator=generator)
     estimator = model.evaluation_system.confidence_estimator
-    logits = torch.logit(estimator(vectors)["confidence"])
+
+    def confidence() -> torch.Tensor:
+        return estimator(vectors)["confidence"].squeeze(-1)
+
+    logits = torch.logit(confidence())
     right = torch.rand(len(vectors), generator=generator) < torch.sigmoid(0.5 * logits - 1.0)
 
     def reading_now() -> exam.Reading:
-        return exam.Reading(0.0, 0.0, estimator(vectors)["confidence"], right)
+        return exam.Reading(0.0, 0.0, confidence(), right)
 
     before = exam.calibration_error(reading_now())
     exam.calibrate(model, reading_now())
     after = exam.calibration_error(reading_now())
     assert before > 0.1
     assert after < 0.02
-    torch.testing.assert_close(torch.logit(estimator(vectors)["confidence"]), 0.5 * logits - 1.0, atol=0.15, rtol=0.1)
+    torch.testing.assert_close(torch.logit(confidence()), 0.5 * logits - 1.0, atol=0.15, rtol=0.1)
 
 
 def test_calibration_error_of_known_confidences() -> None:

@@ -81,7 +81,7 @@ def used_weights(program: ExportedProgram) -> set[str]:
 def test_a_traced_memory_has_the_derived_weights_and_not_their_sources() -> None:
     used = used_weights(export(model_skeleton(small_config(), capabilities=("memory",)), "meta"))
     semantic = {name.rpartition("semantic_memory.")[2] for name in used if ".semantic_memory." in name}
-    assert {"concept_keys", "concept_values", "concept_query.weight", "concept_query.bias"} < semantic
+    assert {"concept_keys.weight", "concept_values.weight", "concept_query.weight", "concept_query.bias"} < semantic
     assert not semantic & {"concept_embeddings", "concept_attention.in_proj_weight", "concept_attention.in_proj_bias"}
     assert not [name for name in used if "skill_library" in name]
     procedural = {name.rpartition("procedural_memory.")[2] for name in used if ".procedural_memory." in name}

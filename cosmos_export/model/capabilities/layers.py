@@ -56,5 +56,8 @@ def distribution(logits: Tensor) -> Tensor:
 
 
 def choose(condition: Tensor, chosen: Tensor, otherwise: Tensor) -> Tensor:
-    """Row by row: `chosen` (B, D) where `condition` (B,) holds, else `otherwise` (B, D)."""
-    return torch.where(condition[:, None], chosen, otherwise)
+    """Row by row: `chosen` (B, D) where `condition` (B, 1) holds, else `otherwise` (B, D).
+
+    Graphs compute `chosen` only where some row wants it (`onnx.passes.SkipUnchosen`).
+    """
+    return torch.where(condition, chosen, otherwise)

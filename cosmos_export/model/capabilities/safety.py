@@ -8,6 +8,7 @@ which rows (B,) are unsafe.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -70,9 +71,9 @@ class BiasDetector(nn.Module):
 
     def forward(self, x: Tensor) -> Checked:
         bias = probabilities(self.bias_analyzer(x))
-        overall = bias.mean(-1)
+        overall = bias.mean(-1, keepdim=True)
         vector = choose(overall > THRESHOLDS["safety.biased"], self.debiaser(x), x)
-        return Checked(vector, {"safety.bias": bias, "safety.overall_bias": overall})
+        return Checked(vector, {"safety.bias": bias, "safety.overall_bias": overall.squeeze(-1)})
 
 
 class HallucinationDetector(nn.Module):
@@ -98,7 +99,7 @@ class PrivacyProtector(nn.Module):
 
     def forward(self, x: Tensor) -> Checked:
         scores = probabilities(self.pii_detector(x))
-        vector = choose(scores.amax(-1) > THRESHOLDS["safety.private"], self.anonymizer(x), x)
+        vector = choose(scores.amax(-1, keepdim=True) > THRESHOLDS["safety.private"], self.anonymizer(x), x)
         return Checked(vector, {"safety.pii": scores})
 
 
@@ -113,9 +114,10 @@ class AdversarialDefense(nn.Module):
         self.perturbation_cleaner = perceptron(dim, 2 * dim, dim, dropout=0.2)
 
     def forward(self, x: Tensor) -> Checked:
-        attack = probability(self.attack_detector(x))
+        attack = probabilities(self.attack_detector(x))  # (B, 1)
         mixed = self.CLEANED * self.perturbation_cleaner(x) + self.KEPT * x
-        return Checked(choose(attack > THRESHOLDS["safety.adversarial"], mixed, x), {"safety.attack": attack})
+        vector = choose(attack > THRESHOLDS["safety.adversarial"], mixed, x)
+        return Checked(vector, {"safety.attack": attack.squeeze(-1)})
 
 
 class JailbreakPrevention(nn.Module):
@@ -174,12 +176,13 @@ class SafetySystem(nn.Module):
         """x (B, D) to (B, D), and the scores of every check, "safety.is_safe" (B,) and, at a level that blocks unsafe
         rows, "output_blocked" (B,)."""
         scores: Scores = {}
-        vector, unsafe = x, torch.zeros_like(x[:, 0], dtype=torch.bool)
+        vector, flags = x, []
         for switch, module in _CHECKS:
             if switch is None or getattr(self.config.safety, switch):
                 vector, found, flagged = getattr(self, module)(vector)
-                unsafe = unsafe if flagged is None else unsafe | flagged
+                flags += [] if flagged is None else [flagged]
                 scores |= found
+        unsafe = reduce(torch.bitwise_or, flags) if flags else torch.zeros_like(x[:, 0], dtype=torch.bool)
         scores["safety.is_safe"] = ~unsafe
         if self.config.safety.safety_level in BLOCKING_LEVELS:
             scores["output_blocked"] = unsafe

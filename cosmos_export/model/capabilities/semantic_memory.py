@@ -2,6 +2,8 @@
 
     B  batch    D  dim    H  heads    d  D / H    C  concepts
 
+Keys of all heads are one matrix, and so are values. Each head is multiplied with all of them, and its own part is
+read of the result: for a few rows that costs less than a product a head, and such matrices take a recipe's precision.
 What depends on weights alone is computed once for inference (`freeze`): a frozen module holds the queries' projection
 and the concepts' keys and values as tables, and its forward pass reads neither the embeddings nor the packed
 projection. In training all of it is computed anew in each pass.
@@ -35,13 +37,13 @@ class ConceptAttention(nn.Module):
 class FrozenLinear(nn.Module):
     """A linear layer whose weights are derived from others, so no state dict has them."""
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
     weight: Tensor  # (out, in)
-    bias: Tensor  # (out,)
+    bias: Tensor | None  # (out,)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
@@ -51,33 +53,37 @@ class FrozenLinear(nn.Module):
 class SemanticMemory(nn.Module):
     """What the concepts that the input attends to make of it."""
 
-    concept_keys: Tensor | None  # (H, d, C), where frozen
-    concept_values: Tensor | None  # (H, C, d), where frozen
+    # Where frozen: (D, D) with a bias, (H * C, d) and (D, C).
+    concept_query: FrozenLinear | None
+    concept_keys: FrozenLinear | None
+    concept_values: FrozenLinear | None
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.concept_embeddings = nn.Parameter(torch.randn(CONCEPTS, dim))
         self.concept_attention = ConceptAttention(dim)
         self.knowledge_encoder = perceptron(dim, 2 * dim, dim, norm=True)
-        self.concept_query: FrozenLinear | None = None
-        self.register_buffer("concept_keys", None, persistent=False)
-        self.register_buffer("concept_values", None, persistent=False)
+        self.concept_query = self.concept_keys = self.concept_values = None
         self.register_load_state_dict_post_hook(_refresh_after_loading)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D) to (B, D)."""
-        query, keys, values = self._query(x), self.concept_keys, self.concept_values
-        if keys is None or values is None:
-            keys, values = self._derived("concept_keys"), self._derived("concept_values")
-        query = query.unflatten(-1, (CONCEPT_HEADS, -1)).transpose(0, 1)  # (H, B, d)
-        weights = F.softmax(in_score_precision(query @ keys), dim=-1).to(x.dtype)  # (H, B, C)
-        attended = (weights @ values).transpose(0, 1).flatten(1)  # (B, D)
+        query, keys, values = self._tables()
+        scores = _own(keys(query(x).unflatten(-1, (CONCEPT_HEADS, -1))))  # (B, H, C)
+        weights = F.softmax(in_score_precision(scores), dim=-1).to(x.dtype)
+        attended = _own(values(weights)).flatten(1)  # (B, D)
         return self.knowledge_encoder(x + self.concept_attention.out_proj(attended))
 
-    def _query(self, x: Tensor) -> Tensor:
-        if self.concept_query is not None:
-            return self.concept_query(x)
-        return F.linear(x, self._derived("concept_query.weight"), self._derived("concept_query.bias"))
+    def _tables(self) -> tuple[FrozenLinear, FrozenLinear, FrozenLinear]:
+        """Projections: of queries, onto the concepts' keys, and of weights onto their values."""
+        if self.concept_query is not None and self.concept_keys is not None and self.concept_values is not None:
+            return self.concept_query, self.concept_keys, self.concept_values
+        query = FrozenLinear(self._derived("concept_query.weight"), self._derived("concept_query.bias"))
+        return (
+            query,
+            FrozenLinear(self._derived("concept_keys.weight")),
+            FrozenLinear(self._derived("concept_values.weight")),
+        )
 
     @property
     def is_frozen(self) -> bool:
@@ -87,15 +93,18 @@ class SemanticMemory(nn.Module):
     @torch.no_grad()
     def freeze(self) -> None:
         """Computes the tables from the weights as they are now. Training drops them again."""
-        self.concept_query = FrozenLinear(self._derived("concept_query.weight"), self._derived("concept_query.bias"))
-        self.concept_keys, self.concept_values = self._derived("concept_keys"), self._derived("concept_values")
+        self._thaw()
+        self.concept_query, self.concept_keys, self.concept_values = self._tables()
 
     def train(self, mode: bool = True) -> SemanticMemory:
         """Training mode computes everything from the weights, which are about to change."""
         if mode:
-            self.concept_query = self.concept_keys = self.concept_values = None
+            self._thaw()
         super().train(mode)
         return self
+
+    def _thaw(self) -> None:
+        self.concept_query = self.concept_keys = self.concept_values = None
 
     def _derived(self, name: str) -> Tensor:
         return DERIVED_CONCEPTS[name].read(self.get_parameter)
@@ -109,6 +118,12 @@ class SemanticMemory(nn.Module):
         super()._apply(fn, recurse)
         self._refresh()
         return self
+
+
+def _own(products: Tensor) -> Tensor:
+    """Of what each head made with the matrices of all heads (B, H, H * n), what it made with its own (B, H, n)."""
+    pairs = products.unflatten(-1, (CONCEPT_HEADS, -1)).flatten(1, 2)  # (B, H * H, n)
+    return pairs[:, :: CONCEPT_HEADS + 1]  # the diagonal
 
 
 def _refresh_after_loading(module: nn.Module, incompatible_keys: Any) -> None:

@@ -78,18 +78,17 @@ def query_part(packed: Tensor) -> Tensor:
 
 
 def concept_keys(embeddings: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Keys of the concepts, over sqrt(d), ready for the product with queries: (H, d, C).
+    """Keys of the concepts over sqrt(d), those of one head after those of another: (H * C, d).
 
     From concept embeddings (C, D) and the packed projection (3D, D), (3D,); computed in float64, given in their dtype.
     """
-    keys = _projected(embeddings, weight, bias, third=1).permute(1, 2, 0)  # (H, d, C)
-    return (keys * keys.shape[1] ** -0.5).to(embeddings.dtype).contiguous()
+    keys = _projected(embeddings, weight, bias, third=1).transpose(0, 1)  # (H, C, d)
+    return (keys * keys.shape[-1] ** -0.5).flatten(0, 1).to(embeddings.dtype).contiguous()
 
 
 def concept_values(embeddings: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Values of the concepts: (H, C, d). Sources and precision as in `concept_keys`."""
-    values = _projected(embeddings, weight, bias, third=2).transpose(0, 1)  # (H, C, d)
-    return values.to(embeddings.dtype).contiguous()
+    """Values of the concepts, a row for each channel: (D, C). Sources and precision as in `concept_keys`."""
+    return _projected(embeddings, weight, bias, third=2).flatten(1).T.to(embeddings.dtype).contiguous()
 
 
 def _projected(embeddings: Tensor, weight: Tensor, bias: Tensor, third: int) -> Tensor:
@@ -104,6 +103,6 @@ _EMBEDDINGS, _WEIGHT, _BIAS = "concept_embeddings", "concept_attention.in_proj_w
 DERIVED_CONCEPTS = {
     "concept_query.weight": WeightSource((_WEIGHT,), query_part),
     "concept_query.bias": WeightSource((_BIAS,), query_part),
-    "concept_keys": WeightSource((_EMBEDDINGS, _WEIGHT, _BIAS), concept_keys),
-    "concept_values": WeightSource((_EMBEDDINGS, _WEIGHT, _BIAS), concept_values),
+    "concept_keys.weight": WeightSource((_EMBEDDINGS, _WEIGHT, _BIAS), concept_keys),
+    "concept_values.weight": WeightSource((_EMBEDDINGS, _WEIGHT, _BIAS), concept_values),
 }

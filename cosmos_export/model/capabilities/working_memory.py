@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_export.model.capabilities.layers import distribution, in_score_precision
@@ -84,17 +83,18 @@ class WorkingMemory(nn.Module):
 
     def _read(self, x: Tensor, state: MemoryState) -> Tensor:
         slots = torch.arange(state.keys.shape[1], device=x.device)
-        filled = slots < state.calls[:, None]  # (B, M): all, once the ring has come round
+        filled = slots < state.calls[:, None, None]  # (B, 1, M): all, once the ring has come round
         query = _unit(self.query_proj(x))
-        similarity = (state.keys @ query[..., None]).squeeze(-1)  # (B, M)
+        similarity = (state.keys @ query[..., None]).transpose(1, 2)  # (B, 1, M)
         best = torch.where(filled, in_score_precision(similarity), _EMPTY).topk(self.entries_read, dim=-1)
-        weights = distribution(best.values).to(x.dtype)  # (B, k)
-        found = state.values.gather(1, best.indices[..., None].expand(-1, -1, x.shape[-1]))  # (B, k, D)
-        remembered = (weights[:, None] @ found).squeeze(1)
+        weights = distribution(best.values).to(x.dtype)  # (B, 1, k)
+        found = state.values.gather(1, best.indices.transpose(1, 2).expand(-1, -1, x.shape[-1]))  # (B, k, D)
+        remembered = (weights @ found).squeeze(1)
         return torch.where(state.calls[:, None] > 0, remembered, 0.0)
 
     def _store(self, x: Tensor, state: MemoryState) -> MemoryState:
-        capacity = torch.full_like(state.calls, state.keys.shape[1])  # a tensor: ONNX has no modulo by a dynamic axis
+        # A tensor: ONNX has no modulo by a dynamic axis.
+        capacity = torch.full((), state.keys.shape[1], dtype=torch.int64, device=x.device)
         slot = (state.calls % capacity)[:, None, None].expand(-1, 1, x.shape[-1])  # (B, 1, D)
         keys = state.keys.scatter(1, slot, _unit(self.key_proj(x))[:, None])
         values = state.values.scatter(1, slot, self.value_proj(x)[:, None])
@@ -103,4 +103,5 @@ class WorkingMemory(nn.Module):
 
 def _unit(x: Tensor) -> Tensor:
     """(..., D) of length 1. The length is measured in at least float32, where the smallest one is not zero."""
-    return F.normalize(in_score_precision(x), dim=-1, eps=_MIN_NORM).to(x.dtype)
+    exact = in_score_precision(x)
+    return (exact / torch.linalg.vector_norm(exact, dim=-1, keepdim=True).clamp_min(_MIN_NORM)).to(x.dtype)

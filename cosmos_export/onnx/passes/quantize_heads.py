@@ -25,7 +25,8 @@ class QuantizeHeads(ir.passes.InPlacePass):
 
     Many small products one after another read memory at a fraction of its speed, and round their input once each.
     Which matrices, and how, is the recipe's `form_of`. Matrices go together that meet the same inputs wherever they are
-    used (in each round of the evaluation), so that each is stored once. ONNX Runtime makes the sum part of the product.
+    used (in each round of the evaluation), so that each is stored once; and those of a branch (see `SkipUnchosen`) with
+    each other alone. ONNX Runtime makes the sum part of the product.
     """
 
     def __init__(self, recipe: ExportRecipe) -> None:
@@ -33,7 +34,7 @@ class QuantizeHeads(ir.passes.InPlacePass):
         self.recipe = recipe
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        groups = _groups([layer for node in model.graph if (layer := self._layer(node)) is not None])
+        groups = _groups([layer for node in model.graph.all_nodes() if (layer := self._layer(node)) is not None])
         for group in groups:
             _quantize(model.graph, group)
         if groups:
@@ -100,7 +101,7 @@ def _groups(layers: list[_Layer]) -> list[_Group]:
     for weight, uses in by_weight.items():
         first = uses[0]
         alone = first.bias is None or first.shape[0] >= _TALL * first.shape[1]
-        key = (weight,) if alone else (first.form, *(use.x for use in uses))
+        key = (weight,) if alone else (first.form, *((use.x, use.node.graph) for use in uses))
         groups.setdefault(key, []).append(uses)
     return [_Group([list(layers) for layers in zip(*uses, strict=True)]) for uses in groups.values()]
 
@@ -136,21 +137,24 @@ def _replace(
 ) -> None:
     """Puts one product where the first of `layers` was, and its parts where their outputs were."""
     first = layers[0]
+    place = first.node.graph
+    if place is None:
+        raise AssertionError("a layer's node is in a graph")
     plain = ir.node("MatMul", [first.x, first.weight], name=first.node.name)
-    _describe(plain.outputs[0], first.node.outputs[0], shape[0])
-    graph.insert_before(first.node, plain)
+    _describe(plain.outputs[0], f"{first.node.name}/product", first.node.outputs[0], shape[0])
+    place.insert_before(first.node, plain)
     result = quantized_product(plain, parts, *shape, first.form).outputs[0]
     if bias is not None:
         total = ir.node("Add", [result, bias], name=f"{first.node.name}/Add")
-        _describe(total.outputs[0], first.node.outputs[0], shape[0])
-        graph.insert_before(first.node, total)
+        _describe(total.outputs[0], f"{first.node.name}/sum", first.node.outputs[0], shape[0])
+        place.insert_before(first.node, total)
         result = total.outputs[0]
     outputs = [result] if len(layers) == 1 else _split(graph, first.node, result, [each.shape[0] for each in layers])
     for layer, output in zip(layers, outputs, strict=True):
         old = layer.node.outputs[0]
         output.name, output.shape, output.type = old.name, old.shape, old.type
         ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
-    graph.remove([layer.node for layer in layers], safe=True)
+    place.remove([layer.node for layer in layers], safe=True)
 
 
 def _split(graph: ir.Graph, before: ir.Node, value: ir.Value, rows: list[int]) -> Sequence[ir.Value]:
@@ -158,11 +162,14 @@ def _split(graph: ir.Graph, before: ir.Node, value: ir.Value, rows: list[int]) -
     sizes.const_value = ir.tensor(rows, dtype=ir.DataType.INT64, name=sizes.name)
     graph.initializers.add(sizes)
     split = ir.node("Split", [value, sizes], {"axis": -1}, num_outputs=len(rows), name=f"{before.name}/Split")
-    graph.insert_before(before, split)
+    if before.graph is None:
+        raise AssertionError("a layer's node is in a graph")
+    before.graph.insert_before(before, split)
     return split.outputs
 
 
-def _describe(value: ir.Value, like: ir.Value, columns: int) -> None:
-    value.type = like.type
+def _describe(value: ir.Value, name: str, like: ir.Value, columns: int) -> None:
+    """A name of its own, too: those that a graph gives are known in that graph alone, and not in its branches."""
+    value.name, value.type = name, like.type
     if like.shape is not None:
         value.shape = ir.Shape([*like.shape.dims[:-1], columns])

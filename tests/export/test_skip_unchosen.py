@@ -1,0 +1,150 @@
+"""Branches in the place of selections: what they match, what they leave alone, and that the result is the same."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from cosmos_export.onnx.passes import SkipUnchosen, run_passes
+from cosmos_export.onnx.signature import graph_spec
+from cosmos_export.onnx.trace import trace, traceable
+from cosmos_export.recipe import ExportRecipe
+from cosmos_runtime import CAPABILITIES, DECODER
+
+from .capability_models import small_config
+from .hand_made_graphs import assert_left_alone, build, operators, run
+
+RNG = np.random.default_rng(0)
+WEIGHTS = {
+    "g": RNG.standard_normal((4, 1)).astype(np.float32),  # scores rows
+    "w": RNG.standard_normal((4, 4)).astype(np.float32),
+    "v": RNG.standard_normal((4, 4)).astype(np.float32),
+    "z": np.zeros(1, np.float32),
+}
+SCORE = "s = MatMul(x, g) \n c = Greater(s, z) \n"
+ONE = SCORE + "f = MatMul(x, w) \n a = Relu(f) \n y = Where(c, a, x)"
+# What the second selection chooses is made of what the first one gave, which is read behind it, too.
+TWO = SCORE + "f = MatMul(x, w) \n a = Where(c, f, x) \n h = MatMul(a, v) \n b = Where(c, h, x) \n y = Add(a, b)"
+# Behind the first selection, and before the second: nothing of a branch can come between its nodes.
+APART = (
+    SCORE
+    + "f = MatMul(x, w) \n a = Where(c, f, x) \n n = Relu(a) \n h = MatMul(n, v) \n b = Where(c, h, n) \n y = Add(n, b)"
+)
+# Of rows that the first selection chose, some are chosen again.
+CHAIN = SCORE + "f = MatMul(x, w) \n a = Where(c, f, x) \n t = MatMul(a, g) \n p = Greater(t, z) \n d = And(c, p) \n"
+CHAIN += "h = MatMul(a, v) \n y = Where(d, h, a)"
+
+
+def valueless(body: str) -> ir.Model:
+    model = build(body, WEIGHTS, inputs="float[B, 4] x", output="[B, 4]")
+    for value in model.graph.initializers.values():
+        if value.name != "z":
+            value.const_value = None
+    return model
+
+
+def with_values(model: ir.Model) -> ir.Model:
+    for name, value in model.graph.initializers.items():
+        value.const_value = ir.tensor(WEIGHTS[name], name=name)
+    return model
+
+
+def rows(*signs: int) -> np.ndarray:
+    """Rows that the score chooses (1) or does not (-1)."""
+    away = RNG.standard_normal((len(signs), 4)).astype(np.float32)
+    score = away @ WEIGHTS["g"]
+    return (away * np.sign(score) * np.array(signs)[:, None]).astype(np.float32)
+
+
+def branches(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "If"]
+
+
+def within(branch: ir.Node, name: str = "then_branch") -> list[str]:
+    return [node.op_type for node in branch.attributes.get_graph(name)]
+
+
+@pytest.mark.parametrize(
+    ("body", "count"), [(ONE, 1), (TWO, 1), (APART, 2), (CHAIN, 2)], ids=["one", "two", "apart", "chain"]
+)
+@pytest.mark.parametrize("signs", [(-1,), (1,), (-1, -1, -1), (1, -1, 1), (1, 1)])
+def test_a_branch_gives_what_the_selection_gave(body: str, count: int, signs: tuple[int, ...]) -> None:
+    x = rows(*signs)
+    expected = run(with_values(valueless(body)), x=x)
+    model = valueless(body)
+    assert SkipUnchosen()(model).modified is True
+    assert len(branches(model)) == count
+    assert "MatMul" not in operators(model)[operators(model).index("If") :] or body is CHAIN
+    assert_left_alone(SkipUnchosen(), model)
+    np.testing.assert_array_equal(run(with_values(model), x=x), expected)
+
+
+def test_what_only_the_branch_needs_is_in_it() -> None:
+    model = valueless(ONE)
+    SkipUnchosen()(model)
+    (branch,) = branches(model)
+    assert within(branch) == ["MatMul", "Relu", "Where"]
+    assert within(branch, "else_branch") == ["Identity"]
+    assert operators(model) == ["MatMul", "Greater", "ReduceMax", "If"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        SCORE + "a = Relu(x) \n y = Where(c, a, x)",
+        "c = Greater(x, z) \n f = MatMul(x, w) \n y = Where(c, f, x)",
+        SCORE + "f = MatMul(x, w) \n a = Where(c, f, x) \n y = Add(a, f)",
+        SCORE + "f = MatMul(x, w) \n y = Where(c, x, f)",
+    ],
+    ids=["no matrix", "the condition is the caller's", "read elsewhere, too", "what is kept"],
+)
+def test_what_is_no_such_selection_stays(body: str) -> None:
+    model = valueless(body)
+    run(with_values(valueless(body)), x=rows(1, -1))
+    assert_left_alone(SkipUnchosen(), model)
+
+
+# In the graph of a model
+
+
+def decoder(recipe: ExportRecipe) -> ir.Model:
+    config = small_config(head_dim=16)
+    fused = recipe.fuses_attention(config)
+    spec = graph_spec(DECODER, config, recipe.opset, activations=recipe.activations, capabilities=CAPABILITIES)
+    model = traceable(config, recipe.activations, fused_attention=fused, capabilities=CAPABILITIES)
+    return run_passes(trace(model, DECODER, spec, fused_attention=fused), recipe)
+
+
+def weights(graph: ir.Graph) -> set[str]:
+    """Names of the initializers that a graph's own nodes read."""
+    return {value.name or "" for node in graph for value in node.inputs if value is not None and value.is_initializer()}
+
+
+def test_what_vectors_are_replaced_by_is_computed_in_branches() -> None:
+    model = decoder(ExportRecipe.load("cpu-fp32"))
+    skipped = {
+        value.name
+        for branch in branches(model)
+        for node in branch.attributes.get_graph("then_branch")
+        for value in node.inputs
+        if value is not None and value.is_initializer()
+    }
+    always = {
+        value.name for node in model.graph for value in node.inputs if value is not None and value.is_initializer()
+    }
+    for network in (
+        "bias_detector.debiaser.0",
+        "privacy_protector.anonymizer",
+        "perturbation_cleaner.3",
+        "corrector.0",
+    ):
+        names = {name for name in skipped if name and f"{network}.weight" in name}
+        assert names, network
+        assert not names & always, network
+    of_rounds = {name for name in skipped if name and "evaluation_system.factuality_checker" in name}
+    assert of_rounds <= always, "the first round is always computed, the second one in a branch"
+    assert of_rounds
+
+
+@pytest.mark.parametrize("name", ["cuda-fp16", "portable-fp32"])
+def test_graphs_for_other_devices_and_runtimes_have_no_branches(name: str) -> None:
+    assert not branches(decoder(ExportRecipe.load(name)))
