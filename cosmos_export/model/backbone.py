@@ -15,6 +15,7 @@ from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ConfigError
 from cosmos_export.model.attention import Attend, FullSequenceAttention, GroupedQueryAttention
 from cosmos_export.model.rope import RotaryTable
+from cosmos_export.model.token_ids import check_token_ids
 
 
 class RMSNorm(nn.Module):
@@ -89,8 +90,13 @@ class CosmosBackbone(nn.Module):
                 parameter.normal_(0.0, 0.02 * scale)
 
     def hidden_states(self, input_ids: Tensor, attend: Attend | None = None) -> Tensor:
-        """input_ids (B, T) to the normed hidden states (B, T, D); `attend` defaults to the full sequence."""
-        attend = attend or self.full_sequence_attention(input_ids)
+        """input_ids (B, T) to the normed hidden states (B, T, D); `attend` defaults to the full sequence.
+
+        Raises ConfigError for ids of a wrong rank, length or type, or beyond the vocabulary.
+        """
+        if attend is None:
+            attend = self.full_sequence_attention(input_ids)
+            check_token_ids(input_ids, self.config.vocab_size)
         x = self.dropout(self.tok_embeddings(input_ids))
         for layer in self.layers:
             x = layer(x, attend)

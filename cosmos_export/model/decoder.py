@@ -12,7 +12,10 @@ from cosmos_export.model.backbone import CosmosBackbone
 
 
 class CosmosDecoder(CosmosBackbone):
-    """`logits = model(input_ids)`: input_ids (B, T) integers below V, logits (B, T, V)."""
+    """`logits = model(input_ids)`: input_ids (B, T) integers below V, logits (B, T, V).
+
+    Raises ConfigError for other ids.
+    """
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.logits(self.hidden_states(input_ids))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cosmos_export.errors import ConfigError
+from cosmos_export.model.token_ids import check_token_ids
 from cosmos_runtime import Sampling, sample
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def _room(config: CosmosAdvancedConfig, input_ids: Tensor, max_new_tokens: int) 
     """How many tokens the model has room for after these prompts."""
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ConfigError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
+    check_token_ids(input_ids, config.vocab_size)
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
     room = config.max_sequence_length - input_ids.shape[1]

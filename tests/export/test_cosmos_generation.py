@@ -110,6 +110,7 @@ def test_generation_takes_the_models_flags(model: CosmosAdvancedModel) -> None:
         (IDS[:, :0], {}, ConfigError, r"input_ids must be \(batch, sequence\)"),
         (IDS.repeat(1, 5), {}, ConfigError, "prompts of 40 tokens, and max_sequence_length is 32"),
         (IDS, {"max_new_tokens": -1}, ConfigError, "max_new_tokens must be 0 or more"),
+        (IDS - 100, {"max_new_tokens": 0}, ConfigError, "in row 0 at position 0"),
         (IDS, {"temperature": -1.0}, InputError, "temperature"),
     ],
 )
