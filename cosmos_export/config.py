@@ -28,6 +28,9 @@ CARRIED_NAMES = frozenset(
 # The sizes that make a model's shape.
 GEOMETRY = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_sequence_length")
 RENAMED = {"max_seq_length": "max_sequence_length"}
+# How alike two names are (`difflib`, 1 for equal) where one is taken for the other misspelt. No two in a group of a
+# published config.json are that much alike.
+_MISSPELT = 0.85
 
 
 class _RenamedSettingError(ConfigError, AttributeError):
@@ -48,6 +51,7 @@ class _Section:
     def from_dict(cls, group: str, values: Any) -> Self:
         if not isinstance(values, dict):
             raise ConfigError(f"config group {group!r}: expected an object of settings, got {values!r}")
+        _refuse_misspelt(values, cls.known_names(), prefix=f"{group}.")
         known = {k: v for k, v in values.items() if k in cls.known_names()}
         return cls(**known, extra={k: copy.deepcopy(v) for k, v in values.items() if k not in known})
 
@@ -173,9 +177,13 @@ class CosmosAdvancedConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The configuration that a config.json's object describes; keys that are not known are carried in `extra`."""
+        """The configuration that a config.json's object describes; keys that are not known are carried in `extra`.
+
+        Raises ConfigError for a key that looks like a setting which is not there, misspelt.
+        """
         if not isinstance(values, dict):
             raise ConfigError(f"a model configuration must be a JSON object, got {type(values).__name__}")
+        _refuse_misspelt(values, tuple(n for n in _public_names() if n != "extra"))
         config = cls.__new__(cls)
         config._build(values, carried={}, accepted=values.keys())
         # Saved files keep the order of the file they came from: a diff then shows what changed and no more.
@@ -268,6 +276,18 @@ def _assign(owner: Any, name: str, value: Any, known: tuple[str, ...]) -> None:
         names = ", ".join(n for n in known if n != "extra")
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known names: {names}"
         raise ConfigError(f"{type(owner).__name__} has no setting {name!r}; {hint}")
+
+
+def _refuse_misspelt(values: Collection[Any], known: tuple[str, ...], prefix: str = "") -> None:
+    """Raises ConfigError for a key that is nearly a known name which is missing: carried, it would do nothing.
+
+    Other keys that are not known are someone's own, and where both names are there the misspelt one is, too.
+    """
+    missing = [name for name in known if name not in values]
+    for name in values:
+        if isinstance(name, str) and name not in known and name not in RENAMED:
+            for meant in difflib.get_close_matches(name.lower(), missing, n=1, cutoff=_MISSPELT):
+                raise ConfigError(f"no setting {prefix + name!r}; did you mean {prefix + meant!r}?")
 
 
 def _carried_value(owner: Any, name: str) -> Any:

@@ -148,6 +148,57 @@ def test_a_misspelt_assignment_is_refused_with_the_nearest_name() -> None:
         config.reasoning.thinking_dept = 5
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"safety": {"safty_level": "low"}}, r"no setting 'safety.safty_level'; did you mean 'safety.safety_level'"),
+        ({"safety": {"content_filterng": False, "mine": 1}}, r"'safety.content_filterng'.*'safety.content_filtering'"),
+        ({"reasoning": {"Mode": "reflexion"}}, r"'reasoning.Mode'.*'reasoning.mode'"),
+        ({"generation": {"temprature": 0.1}}, r"'generation.temprature'.*'generation.temperature'"),
+        ({"memory": {"working_memory_sise": 1}}, r"'memory.working_memory_sise'.*'memory.working_memory_size'"),
+    ],
+)
+@pytest.mark.parametrize("build", [CosmosAdvancedConfig.from_dict, lambda values: CosmosAdvancedConfig(**values)])
+def test_a_misspelt_setting_of_a_group_is_refused(
+    build: Callable[[dict[str, Any]], Any], values: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build(values)
+
+
+def test_a_misspelt_setting_is_refused_when_a_group_is_assigned() -> None:
+    config = CosmosAdvancedConfig()
+    with pytest.raises(ConfigError, match=r"'safety\.safty_level'.*'safety\.safety_level'"):
+        config.safety = {"safty_level": "low"}
+
+
+def test_a_misspelt_name_in_a_file_is_refused_with_the_file(tmp_path: Path) -> None:
+    for values, meant in [({"n_head": 4}, "'n_heads'"), ({"safty": {"safety_level": "low"}}, "'safety'")]:
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ConfigError, match=meant) as caught:
+            CosmosAdvancedConfig.from_file(tmp_path / "config.json")
+        assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("group", SECTIONS)
+def test_a_name_beside_the_one_it_resembles_is_carried(group: str) -> None:
+    """As whoever wrote it knows both; and a file that this version saved loads whatever else is in it."""
+    known = SECTIONS[group]().to_dict()
+    values = known | {f"{name}_": 1 for name in known}
+    config = CosmosAdvancedConfig.from_dict({group: values, "dims": 1, "dim": 64})
+    assert config.to_dict()[group] == values
+    assert config.dims == 1
+
+
+def test_published_names_are_not_taken_for_each_other(oracle: Path) -> None:
+    """Any part of a published file loads, whichever settings are left out."""
+    published = json.loads((oracle / "config.json").read_text(encoding="utf-8"))
+    for name, value in published.items():
+        assert canonical(CosmosAdvancedConfig.from_dict({name: value}).to_dict()[name]) == canonical(value)
+        for key in value if isinstance(value, dict) else ():
+            assert CosmosAdvancedConfig.from_dict({name: {key: value[key]}}).to_dict()[name][key] == value[key]
+
+
 def test_a_name_that_resembles_nothing_is_refused_with_all_names() -> None:
     with pytest.raises(ConfigError) as caught:
         CosmosAdvancedConfig(zzzz=1)
