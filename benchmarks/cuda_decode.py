@@ -33,7 +33,7 @@ from benchmarks.roofline import cache_bytes, weight_bytes
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.loading import preset_checkpoint
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import Sampling, Session, generate_batch, load
 
@@ -156,7 +156,7 @@ def bundles(checkpoint: Checkpoint, folder: Path, recipes: tuple[str, ...]) -> d
     """The bundles of a model, one a recipe, by the recipe's precision."""
     made = {}
     for recipe in recipes:
-        bundle = export_onnx(checkpoint, folder / recipe, ExportRecipe.load(recipe), effort=Effort.OFF)
+        bundle = export_bundle(checkpoint, folder / recipe, ExportRecipe.load(recipe), effort=Effort.OFF)
         made[recipe.removeprefix("cuda-")] = bundle.path
     return made
 

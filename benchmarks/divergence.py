@@ -23,7 +23,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.loading import load_decoder
 from cosmos_export.parity.metrics import kl_divergences, log_softmax
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import demo_checkpoint
 from cosmos_runtime import Tokenizer, load
@@ -98,7 +98,7 @@ def _engines(checkpoint: Checkpoint, scratch: Path, bundles: tuple[str, ...], le
     folders = {recipe: scratch / recipe for recipe in RECIPES}
     for recipe, folder in folders.items():
         click.echo(f"exporting {recipe}")
-        export_onnx(checkpoint, folder, ExportRecipe.load(recipe), effort=Effort.OFF)
+        export_bundle(checkpoint, folder, ExportRecipe.load(recipe), effort=Effort.OFF)
     folders |= {name: Path(folder) for name, folder in (bundle.split("=", 1) for bundle in bundles)}
     return [*((name, _bundle(folder)) for name, folder in folders.items()), *_llama(checkpoint, scratch, length)]
 

@@ -28,7 +28,7 @@ from benchmarks.report import environment
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.loading import load_decoder
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import demo_checkpoint
 from cosmos_runtime import load
@@ -46,7 +46,7 @@ def main(pairs: int, threads: int) -> None:
     torch.set_num_threads(threads)
     model = load_decoder(checkpoint)
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = export_onnx(checkpoint, Path(scratch, "demo"), ExportRecipe.load("fp32"), effort=Effort.OFF)
+        bundle = export_bundle(checkpoint, Path(scratch, "demo"), ExportRecipe.load("fp32"), effort=Effort.OFF)
         session = load(bundle.path, threads=threads)
         rows = [_compare(length, model, session, checkpoint.config.vocab_size, pairs) for length in LENGTHS]
     _print(rows)

@@ -17,7 +17,7 @@ from benchmarks.hf_export import write_hf_folder
 from benchmarks.process import OFFLINE, ROOT, Variant
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import recipe_names
 
@@ -100,7 +100,7 @@ class Workshop:
             self.say(f"exporting {recipe}")
             # What a calibration changes is the values of the weights, which costs minutes and no speed.
             plain = replace(ExportRecipe.load(recipe), calibration=None)
-            export_onnx(Checkpoint.open(self.checkpoint), target, plain, effort=Effort.OFF)
+            export_bundle(Checkpoint.open(self.checkpoint), target, plain, effort=Effort.OFF)
         return target
 
     def _genai(self, precision: str) -> list[Variant]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.report import environment
 from cosmos_export.model.loading import preset_checkpoint
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import demo_checkpoint, preset_names
 from cosmos_runtime import Session, Tokenizer, load, new_decoder
@@ -60,7 +60,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         for name in recipes:
             recipe = replace(ExportRecipe.load(name), calibration=None)
-            export_onnx(preset_checkpoint(preset), Path(scratch, name), recipe, effort=Effort.OFF)
+            export_bundle(preset_checkpoint(preset), Path(scratch, name), recipe, effort=Effort.OFF)
             session = load(Path(scratch, name), threads=threads)
             for kind, ids in texts.items():
                 gain = _measure(session, name, kind, ids, pairs)

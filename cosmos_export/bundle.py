@@ -83,8 +83,23 @@ def seal(
 
     `capabilities` are those of a model with heads; None is the plain decoder.
     """
-    files = sorted(p for p in folder.iterdir() if p.name != MANIFEST_NAME)
-    manifest = Manifest(
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.name != MANIFEST_NAME}
+    manifest = manifest_of(name, checkpoint, recipe, graphs, files, causal, capabilities)
+    _write_manifest(folder, manifest)
+    return manifest
+
+
+def manifest_of(
+    name: str,
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    graphs: Mapping[str, GraphSpec],
+    files: Mapping[str, Path],
+    causal: bool,
+    capabilities: Sequence[str] | None = None,
+) -> Manifest:
+    """What a manifest says of these graphs of a checkpoint, with no parity result; `files` by their names in it."""
+    return Manifest(
         name=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tool={"name": "cosmos-export", "version": __version__},
@@ -94,13 +109,12 @@ def seal(
         model=_model_facts(checkpoint, causal, capabilities),
         generation=checkpoint.config.generation.to_dict(),
         graphs=dict(graphs),
-        tokenizer=TOKENIZER if (folder / TOKENIZER).is_file() else None,
-        files={p.name: describe_file(p) for p in files},
+        tokenizer=TOKENIZER if TOKENIZER in files else None,
+        files={file: describe_file(path) for file, path in files.items()},
         parity=None,
         capabilities=_heads(checkpoint.config, capabilities),
+        graph_format=recipe.format,
     )
-    _write_manifest(folder, manifest)
-    return manifest
 
 
 def record_parity(folder: Path, manifest: Manifest, parity: Mapping[str, Any] | None) -> Manifest:

@@ -32,7 +32,8 @@ from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
-from cosmos_runtime import DECODER, DEVICE_LOOP, Manifest
+from cosmos_export.torch_programs.torchscript import EXPLAINED
+from cosmos_runtime import DECODER, DEVICE_LOOP, ONNX, TORCHSCRIPT, GraphSpec, Manifest
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ExportedBundle:
     report: ParityReport | None
 
 
-def export_onnx(
+def export_bundle(
     checkpoint: Checkpoint,
     out: str | Path,
     recipe: ExportRecipe,
@@ -90,6 +91,37 @@ def _build(
     heads: Sequence[str] | None,
     progress: Progress,
 ) -> Manifest:
+    specs = _torch_program if recipe.format != ONNX else _onnx_graphs
+    graphs = specs(folder, checkpoint, recipe, causal, heads, progress)
+    progress.stage("Sealing the bundle")
+    write_companions(folder, checkpoint)
+    return seal(folder, name, checkpoint, recipe, graphs, causal, heads)
+
+
+def _torch_program(
+    folder: Path,
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    causal: bool,
+    heads: Sequence[str] | None,
+    progress: Progress,
+) -> dict[str, GraphSpec]:
+    from cosmos_export.torch_programs.build import write_torch_program
+
+    if recipe.format == TORCHSCRIPT:
+        progress.note(EXPLAINED)
+    progress.stage(f"Tracing and writing the {recipe.graphs[0]} program")
+    return write_torch_program(folder, checkpoint, recipe, causal=causal, capabilities=heads)
+
+
+def _onnx_graphs(
+    folder: Path,
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    causal: bool,
+    heads: Sequence[str] | None,
+    progress: Progress,
+) -> dict[str, GraphSpec]:
     config, loop = checkpoint.config, DEVICE_LOOP in recipe.graphs
     fused = _fuses_attention(recipe, config, progress)
     model = traceable(config, recipe.activations, causal=causal, fused_attention=fused, capabilities=heads)
@@ -110,9 +142,7 @@ def _build(
         specs |= write_samplers(folder, config)
     elif DECODER in specs and fused and heads is None:
         write_genai(folder, specs[DECODER].file, config)
-    progress.stage("Sealing the bundle")
-    write_companions(folder, checkpoint)
-    return seal(folder, name, checkpoint, recipe, specs, causal, heads)
+    return specs
 
 
 def _for_heads(recipe: ExportRecipe, heads: Sequence[str] | None, progress: Progress) -> ExportRecipe:

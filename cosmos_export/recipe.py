@@ -17,20 +17,25 @@ from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
 from cosmos_export.onnx.head_matrices import is_wide
 from cosmos_export.onnx.quantize import INT8_ACTIVATIONS, Quantization
 from cosmos_export.onnx.signature import PACKED_PROJECTIONS
-from cosmos_export.resources import recipe_path
-from cosmos_runtime import DECODER, DEVICE_LOOP, FULL_SEQUENCE
+from cosmos_export.resources import DEFAULT_RECIPES, recipe_path
+from cosmos_runtime import DECODER, DEVICE_LOOP, FULL_SEQUENCE, GRAPH_FORMATS, ONNX, PT2, TORCHSCRIPT
 
 # A precision is how weights are stored; a floating-point one is also what is computed with.
 FLOAT_PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PRECISIONS = (*FLOAT_PRECISIONS, "int8", "int4")
 ACTIVATIONS = tuple(FLOAT_PRECISIONS.values())
-DIALECTS = ("portable", "ort")
+# What a bundle's graphs are, and the operators that they may be made of: standard ONNX, or ONNX Runtime's own besides;
+# PyTorch's, with products by oneDNN or, in 8 bits, by FBGEMM, or compiled for the machine at hand.
+ONEDNN, FBGEMM, INDUCTOR = "onednn", "fbgemm", "inductor"
+DIALECTS = {ONNX: ("portable", "ort"), TORCHSCRIPT: ("aten", ONEDNN, FBGEMM), PT2: ("aten", INDUCTOR)}
 GRAPHS = (FULL_SEQUENCE, DECODER, DEVICE_LOOP)
 # Opset 20 is the oldest that the traced operators need; 23 is the newest that torch translates to.
 OPSETS = range(20, 24)
 
 # Matrices that can be quantised in a way of their own, by the name of the projection.
 PROJECTIONS = ("qkv_proj", "o_proj", "w1_w3", "w2")
+# The layers' own, before any packing.
+PROJECTIONS_OF_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
 # The same for all wide matrices of the capability heads.
 HEADS = "heads"
 BITS, BLOCK_SIZES, ACCURACY_LEVELS = (4, 8), (16, 32, 64, 128, 256), (0, 1, 4)
@@ -38,7 +43,7 @@ BITS, BLOCK_SIZES, ACCURACY_LEVELS = (4, 8), (16, 32, 64, 128, 256), (0, 1, 4)
 
 @dataclass(frozen=True)
 class ExportRecipe:
-    """What to make of a model: number format, operator dialect, ONNX opset and which graphs.
+    """What to make of a model: number format, operator dialect, which graphs in which format; for ONNX, which opset.
 
     `quantization` is how the projections and the capability heads' wide matrices are stored, unless `overrides` names
     another way for one of them, or for all of the heads;
@@ -52,13 +57,14 @@ class ExportRecipe:
     description: str
     precision: str
     dialect: str
-    opset: int
+    opset: int | None
     graphs: tuple[str, ...]
     quantization: Quantization | None = None
     embedding: Quantization | None = None
     overrides: Mapping[str, Quantization] = field(default_factory=dict)
     activations: str = "float32"
     calibration: CalibrationPlan | None = None
+    format: str = ONNX
 
     @classmethod
     def load(cls, name: str) -> Self:
@@ -94,6 +100,10 @@ class ExportRecipe:
             projection = packed if projection in parts else projection
         return self.overrides.get(projection, self.quantization) if projection in PROJECTIONS else None
 
+    def rounds_rows(self, source: str) -> bool:
+        """Whether a checkpoint tensor becomes a matrix of PyTorch's dynamic quantisation."""
+        return self.dialect == FBGEMM and source.split(".")[-2:-1] in ([name] for name in PROJECTIONS_OF_LAYERS)
+
     def fuses_attention(self, config: CosmosAdvancedConfig) -> bool:
         """Whether the decoder's attention is ONNX Runtime's own operator: not in every dialect, nor at every width."""
         return self.dialect == "ort" and config.head_dim % HEAD_DIM_MULTIPLE == 0
@@ -106,17 +116,21 @@ class ExportRecipe:
         stored = {n: replace(t, read=partial(reader.effective, n)) for n, t in checkpoint.stored.items()}
         return replace(checkpoint, stored=stored, head_layout="interleave")
 
+    @property
+    def _without_cache(self) -> str:
+        return DEFAULT_RECIPES[self.format][False]
+
     def check_fits(self, config: CosmosAdvancedConfig, *, causal: bool) -> None:
         """Raises RecipeError when this recipe cannot be made of a model of this configuration."""
         if DECODER in self.graphs and not causal:
             raise RecipeError(
                 f"recipe {self.name} has a key/value cache, and a model without causal mask cannot have one: "
-                f"a token that is cached could not see those after it. Use --recipe fp32"
+                f"a token that is cached could not see those after it. Use --recipe {self._without_cache}"
             )
         if DECODER in self.graphs and config.max_sequence_length < 2:
             raise RecipeError(
                 f"recipe {self.name} has a key/value cache, which a model with max_sequence_length "
-                f"{config.max_sequence_length} has no use for. Use --recipe fp32"
+                f"{config.max_sequence_length} has no use for. Use --recipe {self._without_cache}"
             )
         if self.embedding is not None and config.dim % self.embedding.block_size:
             raise RecipeError(
@@ -127,7 +141,10 @@ class ExportRecipe:
 
 def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in fields(ExportRecipe)} - {"name"}  # a recipe is called what its file is called
-    required = known - {"quantization", "embedding", "overrides", "activations", "calibration"}
+    graph_format = values.get("format", ONNX)
+    _check_member(path, "format", graph_format, tuple(GRAPH_FORMATS))
+    required = {"description", "precision", "dialect", "graphs"} | ({"opset"} if graph_format == ONNX else set())
+    known -= set() if graph_format == ONNX else {"opset", "calibration", "embedding", "overrides", "quantization"}
     unknown, missing = sorted(values.keys() - known), sorted(required - values.keys())
     if unknown or missing:
         what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
@@ -135,9 +152,11 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(values["description"], str):
         raise RecipeError(f"recipe {path}: description must be a text, got {values['description']!r}")
     _check_member(path, "precision", values["precision"], PRECISIONS)
-    _check_member(path, "dialect", values["dialect"], DIALECTS)
-    _check_member(path, "opset", values["opset"], OPSETS)
+    _check_member(path, "dialect", values["dialect"], DIALECTS[graph_format])
+    if graph_format == ONNX:
+        _check_member(path, "opset", values["opset"], OPSETS)
     return {
+        "opset": None,
         **values,
         "name": path.name.removesuffix(".toml"),
         "graphs": _graphs(path, values),
@@ -159,6 +178,11 @@ def _graphs(path: Path, values: dict[str, Any]) -> tuple[str, ...]:
             f"recipe {path}: graphs: {DEVICE_LOOP!r} continues a {DECODER!r} of dialect 'ort': name both, "
             f"got {graphs!r} of dialect {values['dialect']!r}"
         )
+    if values.get("format", ONNX) != ONNX and (len(graphs) > 1 or DEVICE_LOOP in graphs):
+        raise RecipeError(
+            f"recipe {path}: graphs: a PyTorch program holds its own weights, so a bundle has one of {FULL_SEQUENCE!r} "
+            f"and {DECODER!r}, got {graphs!r}"
+        )
     return tuple(graphs)
 
 
@@ -172,6 +196,8 @@ def _activations(path: Path, values: dict[str, Any]) -> str:
             f"recipe {path}: precision {precision!r} computes with {FLOAT_PRECISIONS[precision]}, got activations "
             f"{activations!r}; leave it out"
         )
+    if values.get("format", ONNX) != ONNX:
+        return activations
     if activations != "float32" and values["dialect"] != "ort":
         raise RecipeError(f"recipe {path}: activations {activations!r} need dialect 'ort', got {values['dialect']!r}")
     if activations != "float32" and FULL_SEQUENCE in values["graphs"]:
@@ -193,6 +219,9 @@ def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         raise RecipeError(
             f"recipe {path}: precision {values['precision']!r} quantises nothing, got [{given[0]}]; leave it out"
         )
+    if values.get("format", ONNX) != ONNX:
+        _check_rows_of_8_bits(path, values["precision"], values["dialect"])
+        return forms
     if quantised and "quantization" not in forms:
         raise RecipeError(f"recipe {path}: precision {values['precision']!r} needs a [quantization]")
     if quantised and values["precision"] != f"int{forms['quantization'].bits}":
@@ -213,6 +242,15 @@ def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     if "embedding" in forms and not forms["embedding"].symmetric:
         raise RecipeError(f"recipe {path}: embedding.symmetric must be true: one table serves lookup and product")
     return forms
+
+
+def _check_rows_of_8_bits(path: Path, precision: str, dialect: str) -> None:
+    """PyTorch's one way to quantise: FBGEMM's products, whose matrices have a scale a row."""
+    if (precision == "int8") != (dialect == FBGEMM) or precision == "int4":
+        raise RecipeError(
+            f"recipe {path}: PyTorch quantises in one way, precision 'int8' with dialect {FBGEMM!r}; got {precision!r} "
+            f"with {dialect!r}"
+        )
 
 
 def _calibration(path: Path, value: Any, forms: Mapping[str, Any]) -> CalibrationPlan:

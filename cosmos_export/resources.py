@@ -8,9 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from cosmos_export.errors import ConfigError, CosmosExportError, RecipeError
+from cosmos_runtime import ONNX, PT2, TORCHSCRIPT
 
 # What is exported when nobody says how: with a key/value cache, which only a causal model can have.
-DEFAULT_RECIPES = {True: "cpu-fp32", False: "fp32"}
+DEFAULT_RECIPES = {
+    ONNX: {True: "cpu-fp32", False: "fp32"},
+    TORCHSCRIPT: {True: "torchscript-fp32", False: "torchscript-full-sequence"},
+    PT2: {True: "pt2-fp32", False: "pt2-full-sequence"},
+}
 
 _PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE / "data" if (_PACKAGE / "data").is_dir() else _PACKAGE.parent
@@ -21,9 +26,15 @@ def preset_names() -> list[str]:
     return _stems("configs/models", ".json")
 
 
-def recipe_names() -> list[str]:
-    """Names of the export recipes, for `--recipe` and its help."""
-    return _stems("configs/exports", ".toml")
+def recipe_names(graph_format: str | None = None) -> list[str]:
+    """Names of the export recipes, or of those of one format, for `--recipe` and its help."""
+    names = _stems("configs/exports", ".toml")
+    return names if graph_format is None else [name for name in names if _format_of(name) == graph_format]
+
+
+def _format_of(name: str) -> str:
+    """A recipe of a PyTorch format says so in its name, too: help texts must not read files."""
+    return next((known for known in (TORCHSCRIPT, PT2) if name.startswith(f"{known}-")), ONNX)
 
 
 def preset_path(name: str) -> Path:

@@ -17,7 +17,7 @@ from cosmos_export import CosmosAdvancedConfig, CosmosAdvancedModel
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.errors import CheckpointError, ConfigError, CosmosExportError, RecipeError, TargetError
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import BundleError, CosmosRuntimeError, InputError, ProviderError, TokenizerError
 
@@ -43,7 +43,7 @@ def on_the_build_machine(folder: Path) -> None:
     CosmosAdvancedModel(SMALL, capabilities=()).save_pretrained(folder / "no-heads")
     expect(CheckpointError, lambda: CosmosAdvancedModel.from_pretrained(folder / "no-heads"))
     expect(RecipeError, lambda: ExportRecipe.load("int5"))
-    expect(TargetError, lambda: export_onnx(Checkpoint.open(folder / "no-heads"), folder / "no-heads", FP32))
+    expect(TargetError, lambda: export_bundle(Checkpoint.open(folder / "no-heads"), folder / "no-heads", FP32))
 
 
 def in_a_call() -> None:
@@ -57,7 +57,7 @@ def in_a_call() -> None:
 def on_the_target_machine(folder: Path) -> None:
     """A bundle, its input and its device; `InputError` is what a server would answer its client with."""
     expect(BundleError, lambda: cosmos_runtime.load(folder / "nowhere"))
-    export_onnx(Checkpoint.open(folder / "no-heads"), folder / "bundle", FP32, effort=Effort.OFF)
+    export_bundle(Checkpoint.open(folder / "no-heads"), folder / "bundle", FP32, effort=Effort.OFF)
     expect(ProviderError, lambda: cosmos_runtime.load(folder / "bundle", provider="gpu"))
     session = cosmos_runtime.load(folder / "bundle")
     expect(InputError, lambda: session.logits([[1, 2, 100]]))

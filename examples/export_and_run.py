@@ -18,7 +18,7 @@ from cosmos_export import CosmosAdvancedModel
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.errors import ParityError
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import demo_checkpoint
 from cosmos_runtime import CAPABILITIES
@@ -28,7 +28,7 @@ def export(folder: Path, bundle: Path) -> None:
     """The bundle is there only if it is equal to the model; the report of a failure says in which cases it is not."""
     recipe, checkpoint = ExportRecipe.load("cpu-fp32"), Checkpoint.open(folder)
     try:
-        exported = export_onnx(checkpoint, bundle, recipe, capabilities=CAPABILITIES, effort=Effort.QUICK)
+        exported = export_bundle(checkpoint, bundle, recipe, capabilities=CAPABILITIES, effort=Effort.QUICK)
     except ParityError as error:
         raise SystemExit(f"{error}: {[case.name for case in error.report.cases if case.verdict != 'PASS']}") from None
     assert exported.report is not None

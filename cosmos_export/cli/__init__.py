@@ -6,6 +6,8 @@ import click
 
 from cosmos_export.cli.group import ExportGroup
 from cosmos_export.cli.onnx import onnx_command
+from cosmos_export.cli.pt2 import pt2_command
+from cosmos_export.cli.torchscript import torchscript_command
 from cosmos_export.cli.verify import verify_command
 
 
@@ -20,10 +22,13 @@ def main() -> None:
     Examples:
       cosmos-export onnx                                        # the demo model
       cosmos-export onnx --checkpoint my-model --out my-bundle
+      cosmos-export torchscript --checkpoint my-model            # for torch.jit.load, from Python or C++
       cosmos-export verify my-bundle
       cosmos-run generate my-bundle --prompt "Once upon a time"
     """
 
 
 main.add_command(onnx_command)
+main.add_command(torchscript_command)
+main.add_command(pt2_command)
 main.add_command(verify_command)

@@ -59,7 +59,7 @@ class FullSequenceAttention:
         return self._attend_in_blocks(query, key, value).flatten(-2)  # (B, T, H*E)
 
     def _attend_in_blocks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():  # one block: a loop over a dynamic length has no graph
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # one block: a loop over a length has no graph
             return self._attend(query, key, value, self.positions)
         rows = max(1, _MAX_SCORES // max(1, query.shape[0] * query.shape[2] * query.shape[1]))
         blocks = zip(query.split(rows, dim=1), self.positions.split(rows), strict=True)

@@ -111,7 +111,7 @@ class CosmosBackbone(nn.Module):
         if input_ids.dim() != 2:
             raise ConfigError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
         length, limit = input_ids.shape[1], self.config.max_sequence_length
-        if not 0 < length <= limit:
+        if not torch.jit.is_tracing() and not 0 < length <= limit:  # a trace would keep the answer, not the question
             raise ConfigError(f"sequence of {length} tokens, expected at least 1, and max_sequence_length is {limit}")
         dropout = self.config.attention_dropout if self.training else 0.0
         return FullSequenceAttention(self.rope, length, causal=self.causal, dropout=dropout)

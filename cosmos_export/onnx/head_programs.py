@@ -8,9 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cosmos_export.model.backbone import CosmosBackbone
 from cosmos_export.model.capabilities import MemoryState
 from cosmos_export.model.cosmos import CosmosAdvancedModel, Enhanced
-from cosmos_export.onnx.programs import DecoderProgram, pick
+from cosmos_export.onnx.programs import (
+    Attention,
+    DecoderByLengthsProgram,
+    DecoderProgram,
+    FullSequenceProgram,
+    pick,
+)
+from cosmos_runtime import DECODER, GraphSpec, Role
 
 
 class HeadState:
@@ -97,3 +105,13 @@ def _placed(enhanced: Enhanced, wanted: Tensor, offsets: Tensor, ends_call: Tens
     if enhanced.blocked is None:
         return wanted
     return torch.where((enhanced.blocked & ends_call)[:, None, None], 0.0, wanted)
+
+
+def program_of(model: CosmosBackbone, graph: str, spec: GraphSpec, attention: Attention = "standard") -> nn.Module:
+    """The program of one of a recipe's graphs around a model, with or without heads; `spec` says what it is told."""
+    if isinstance(model, CosmosAdvancedModel):
+        return DecoderHeadsProgram(model, attention=attention) if graph == DECODER else FullSequenceHeadsProgram(model)
+    if graph != DECODER:
+        return FullSequenceProgram(model)
+    by_lengths = any(tensor.role == Role.LAST_INDEX for tensor in spec.inputs)
+    return (DecoderByLengthsProgram if by_lengths else DecoderProgram)(model, attention=attention)

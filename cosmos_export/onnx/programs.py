@@ -6,13 +6,18 @@ of its `GraphSpec`; what they are called is `signature`'s.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_export.model.backbone import CosmosBackbone
 from cosmos_export.model.cached_attention import CachedAttention
+from cosmos_export.model.in_place_attention import InPlaceAttention
 from cosmos_export.onnx.fused_attention import FusedAttention
+
+Attention = Literal["standard", "fused", "in_place"]
 
 
 class FullSequenceProgram(nn.Module):
@@ -34,12 +39,12 @@ class DecoderProgram(nn.Module):
     longest row's; logit_offsets (n,), how far before its last token each wanted position of a row lies; then key and
     value cache (B, K, L, E) of every layer. Outputs: logits (B, n, V), then the caches with the new tokens in them.
     A row's new tokens are its last ones. More than one new token on top of a filled cache wants B = 1.
-    `fused` puts ONNX Runtime's own attention operator into the graph, otherwise standard ones.
+    `attention` is in standard operators, in ONNX Runtime's own one, or in place, which ONNX cannot say.
     """
 
-    def __init__(self, model: CosmosBackbone, *, fused: bool) -> None:
+    def __init__(self, model: CosmosBackbone, *, attention: Attention = "standard") -> None:
         super().__init__()
-        self.model, self.fused = model, fused
+        self.model, self.attention = model, attention
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         input_ids, attention_mask, logit_offsets, *cache = inputs
@@ -50,9 +55,11 @@ class DecoderProgram(nn.Module):
 
     def _attention(
         self, input_ids: Tensor, attention_mask: Tensor, cache: list[Tensor]
-    ) -> FusedAttention | CachedAttention:
+    ) -> FusedAttention | CachedAttention | InPlaceAttention:
+        if self.attention == "in_place":
+            return InPlaceAttention(self.model.rope, attention_mask, input_ids.shape[1], cache)
         lengths = attention_mask.sum(1)
-        if not self.fused:
+        if self.attention == "standard":
             return CachedAttention(self.model.rope, lengths, input_ids.shape[1], cache)
         total = torch.full((), attention_mask.shape[1], dtype=torch.int32, device=attention_mask.device)
         return FusedAttention(self.model.config, self.model.rope, (lengths - 1).to(torch.int32), total, cache)
@@ -67,14 +74,14 @@ class DecoderByLengthsProgram(nn.Module):
     Nothing here computes a shape or reads a mask, so every operator of the graph is one of the device's own.
     """
 
-    def __init__(self, model: CosmosBackbone, *, fused: bool) -> None:
+    def __init__(self, model: CosmosBackbone, *, attention: Attention = "standard") -> None:
         super().__init__()
-        self.model, self.fused = model, fused
+        self.model, self.attention = model, attention
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         input_ids, last_index, total_length, logit_rows, *cache = inputs
         attend: FusedAttention | CachedAttention
-        if self.fused:
+        if self.attention == "fused":
             attend = FusedAttention(self.model.config, self.model.rope, last_index, total_length, cache)
         else:
             attend = CachedAttention(self.model.rope, last_index.to(torch.int64) + 1, input_ids.shape[1], cache)

@@ -59,7 +59,7 @@ def weights_file(graph: str) -> str:
 def graph_spec(
     graph: str,
     config: CosmosAdvancedConfig,
-    opset: int,
+    opset: int | None,
     *,
     activations: str = "float32",
     by_lengths: bool = False,

@@ -14,28 +14,16 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from torch import Tensor, nn
-from torch.export import Dim
+from torch import nn
 
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ExportError
 from cosmos_export.model.backbone import CosmosBackbone
-from cosmos_export.model.capabilities import entries_read
-from cosmos_export.model.cosmos import CosmosAdvancedModel
 from cosmos_export.model.loading import model_skeleton, skeleton
-from cosmos_export.onnx.head_programs import DecoderHeadsProgram, FullSequenceHeadsProgram
-from cosmos_export.onnx.head_signature import MEMORY_SLOTS
-from cosmos_export.onnx.programs import DecoderByLengthsProgram, DecoderProgram, FullSequenceProgram
-from cosmos_export.onnx.signature import BATCH, CACHE_LENGTH, DEFAULT_INPUTS, NUM_LOGITS, SEQUENCE, TOTAL_SEQUENCE
-from cosmos_runtime import DECODER, GraphSpec, Role, TensorSpec
-
-# Sizes to trace with: no two alike, so that none is taken for another, and none 1, which torch.export would take for a
-# constant.
-_EXAMPLE_SIZES = {BATCH: 2, SEQUENCE: 3, TOTAL_SEQUENCE: 5, CACHE_LENGTH: 7, NUM_LOGITS: 4, MEMORY_SLOTS: 6}
-# Axes that no configuration limits.
-_UNLIMITED = (BATCH, NUM_LOGITS)
-# Axes that the model's positions limit.
-_OF_TOKENS = (SEQUENCE, TOTAL_SEQUENCE, CACHE_LENGTH)
+from cosmos_export.onnx.axes import dynamic_axes, dynamic_shape, traced_shape
+from cosmos_export.onnx.head_programs import program_of
+from cosmos_export.onnx.signature import DEFAULT_INPUTS
+from cosmos_runtime import GraphSpec
 
 _WITHIN_PROGRAM = "model."  # what a program's wrapping puts before the checkpoint's names
 
@@ -47,7 +35,7 @@ def trace(model: CosmosBackbone, graph: str, spec: GraphSpec, *, fused_attention
     Initializers are left without values; `cosmos_export.onnx.weights` gives them theirs.
     Raises ExportError when the model cannot be traced with its axes dynamic.
     """
-    program = _export(_program(model, graph, spec, fused_attention), spec, model.config)
+    program = _export(program_of(model, graph, spec, "fused" if fused_attention else "standard"), spec, model.config)
     with _quiet():
         onnx_program = torch.onnx.export(
             program,
@@ -91,47 +79,19 @@ def traceable(
     return model
 
 
-def _program(model: CosmosBackbone, graph: str, spec: GraphSpec, fused: bool) -> nn.Module:
-    if isinstance(model, CosmosAdvancedModel):
-        return DecoderHeadsProgram(model, fused=fused) if graph == DECODER else FullSequenceHeadsProgram(model)
-    if graph != DECODER:
-        return FullSequenceProgram(model)
-    by_lengths = any(tensor.role == Role.LAST_INDEX for tensor in spec.inputs)
-    return DecoderByLengthsProgram(model, fused=fused) if by_lengths else DecoderProgram(model, fused=fused)
-
-
 def _export(program: nn.Module, spec: GraphSpec, config: CosmosAdvancedConfig) -> torch.export.ExportedProgram:
-    examples = tuple(_example(tensor, config.max_sequence_length) for tensor in spec.inputs)
-    dims = {axis: _dim(axis, config) for axis in _axes(spec)}
-    shapes = tuple({i: dims.get(str(a), Dim.STATIC) for i, a in enumerate(t.shape)} for t in spec.inputs)
+    limit = config.max_sequence_length
+    examples = tuple(
+        torch.empty(traced_shape(tensor, limit), dtype=getattr(torch, tensor.dtype), device="meta")
+        for tensor in spec.inputs
+    )
+    dims = dynamic_axes(spec, config)
+    shapes = tuple(dynamic_shape(tensor, dims) for tensor in spec.inputs)
     try:
         with _quiet():
             return torch.export.export(program, (examples,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:  # torch raises many types here, none of them public
         raise ExportError(f"torch.export could not trace with dynamic {', '.join(dims)}: {error}") from error
-
-
-def _dim(axis: str, config: CosmosAdvancedConfig) -> Dim:
-    if axis == MEMORY_SLOTS:
-        size = config.memory.working_memory_size
-        return Dim(axis, min=entries_read(size), max=size)
-    return Dim(axis, min=1, max=None if axis in _UNLIMITED else config.max_sequence_length)
-
-
-def _axes(spec: GraphSpec) -> list[str]:
-    return list(dict.fromkeys(axis for tensor in spec.inputs for axis in tensor.shape if isinstance(axis, str)))
-
-
-def _example(tensor: TensorSpec, limit: int) -> Tensor:
-    """A tensor without data, of the traced sizes; no longer than the model's positions."""
-    sizes = [_example_size(axis, limit) for axis in tensor.shape]
-    return torch.empty(sizes, dtype=getattr(torch, tensor.dtype), device="meta")
-
-
-def _example_size(axis: int | str, limit: int) -> int:
-    if isinstance(axis, int):
-        return axis
-    return min(_EXAMPLE_SIZES[axis], limit) if axis in _OF_TOKENS else _EXAMPLE_SIZES[axis]
 
 
 def _forget_values(model: ir.Model) -> None:

@@ -24,6 +24,7 @@ from cosmos_export.model.rope import rotary_tables
 from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize, quantize, stack_rows
 from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, QuantizedPart, parts_of, quantized_part, source_of
 from cosmos_export.recipe import ExportRecipe
+from cosmos_export.torch_programs.rows import quantize_rows
 
 _STORED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.UINT8)
 
@@ -51,6 +52,8 @@ class WeightReader:
         """The float32 values of a checkpoint tensor that the graph computes with: rounded where the recipe rounds."""
         form = self.recipe.form_of(source)
         matrix = self._matrix(source)
+        if self.recipe.rounds_rows(source):
+            return quantize_rows(matrix).values()
         if form is None:
             return self._rounded(source, matrix).to(torch.float32)
         stored = self._quantized(source, form)

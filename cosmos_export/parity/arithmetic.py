@@ -19,12 +19,14 @@ import onnx
 
 from cosmos_export.onnx.quantize import FLOAT32_ACTIVATIONS, INT8_ACTIVATIONS
 from cosmos_export.parity.gates import Arithmetic
-from cosmos_export.recipe import ExportRecipe
+from cosmos_export.recipe import FBGEMM, ExportRecipe
 from cosmos_runtime import MANIFEST_NAME, Bundle, describe_file
 
 
 def arithmetic_of(recipe: ExportRecipe) -> Arithmetic:
     """What the products of a bundle of this recipe compute with."""
+    if recipe.dialect == FBGEMM:
+        return Arithmetic.INT8_ACTIVATIONS
     forms = (recipe.quantization, recipe.embedding, *recipe.overrides.values())
     if any(form is not None and form.accuracy_level == INT8_ACTIVATIONS for form in forms):
         return Arithmetic.INT8_ACTIVATIONS

@@ -101,7 +101,8 @@ def load_computed(
     model = load_model(checkpoint, causal=causal, dtype=dtype, capabilities=capabilities)
     reader = WeightReader(checkpoint, recipe)
     for name, tensor in _stored_tensors(model):
-        if recipe.activations != "float32" or recipe.form_of(name) is not None:
+        rounded = recipe.form_of(name) is not None or recipe.rounds_rows(name)
+        if recipe.activations != "float32" or rounded:
             tensor.data = reader.effective(name).to(dtype)  # a new tensor: the old one may be the checkpoint's own
     return model
 

@@ -19,6 +19,7 @@ from cosmos_export.onnx.quantize import INT8_ACTIVATIONS, Quantization
 from cosmos_export.parity.gates import Arithmetic
 from cosmos_export.parity.overflow import Activation, near_overflow
 from cosmos_export.recipe import ExportRecipe
+from cosmos_export.torch_programs.rows import round_to_7_bits
 
 
 class EagerReference:
@@ -66,7 +67,9 @@ def rounded_activations(model: CosmosBackbone, recipe: ExportRecipe) -> Iterator
     handles = []
     for name, module in model.named_modules():
         block_size = _rounded_blocks(recipe.form_of(f"{name}.weight"))
-        if isinstance(module, nn.Linear | FrozenLinear) and block_size:
+        if recipe.rounds_rows(f"{name}.weight"):
+            handles.append(module.register_forward_pre_hook(lambda _, inputs: (round_to_7_bits(inputs[0]),)))
+        elif isinstance(module, nn.Linear | FrozenLinear) and block_size:
             handles.append(module.register_forward_pre_hook(_RoundInput(block_size)))
     project, head_block_size = model.logits, _rounded_blocks(recipe.embedding)
     if head_block_size:

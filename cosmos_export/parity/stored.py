@@ -7,7 +7,7 @@ beyond a gate. What is stored has to be equal, whatever it changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.loading import skeleton
+from cosmos_export.model.tensors_read import tensors_read
 from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, parts_of, quantized_part, source_of
 from cosmos_export.onnx.weights import WeightReader, as_array
-from cosmos_export.parity.tensors_read import tensors_read
 from cosmos_export.recipe import ExportRecipe
 
 
@@ -54,12 +54,22 @@ def compare_stored(
     `capabilities` are those of a model with heads, whose weights that no pass reads are not wanted; None is the plain
     decoder.
     """
+    wanted = wanted_tensors(checkpoint, capabilities)
+    return judged(_compared(ir.load(graph), WeightReader(checkpoint, recipe), wanted), wanted)
+
+
+def wanted_tensors(checkpoint: Checkpoint, capabilities: Sequence[str] | None) -> set[str]:
+    """Every weight that a pass reads, and the rotary tables."""
     config = checkpoint.config
     tensors = set(skeleton(config).state_dict()) if capabilities is None else tensors_read(config, capabilities)
-    wanted = {*tensors, ROTARY_COS, ROTARY_SIN}
+    return {*tensors, ROTARY_COS, ROTARY_SIN}
+
+
+def judged(compared: Iterable[tuple[str, str | None]], wanted: set[str]) -> StoredTensors:
+    """The verdict on the tensors that were found, each with what is wrong or None; all of `wanted` should be there."""
     found: set[str] = set()
     wrong: dict[str, str] = {}
-    for source, problem in _compared(ir.load(graph), WeightReader(checkpoint, recipe), wanted):
+    for source, problem in compared:
         found.add(source)
         if problem:
             wrong.setdefault(source, problem)
@@ -75,11 +85,12 @@ def _compared(model: ir.Model, reader: WeightReader, wanted: set[str]) -> Iterat
         source, _ = source_of(quantized_part(name)[0])
         parts = parts_of(source)
         if set(parts) <= wanted and value.const_value is not None:
-            problem = _difference(name, value.const_value.numpy(), as_array(reader.read(name)))
+            problem = difference(name, value.const_value.numpy(), as_array(reader.read(name)))
             yield from ((part, problem) for part in parts)
 
 
-def _difference(name: str, stored: np.ndarray, expected: np.ndarray) -> str | None:
+def difference(name: str, stored: np.ndarray, expected: np.ndarray) -> str | None:
+    """What is wrong with a stored tensor, in a sentence; None where every bit is as it should be."""
     if stored.shape != expected.shape or stored.dtype != expected.dtype:
         return f"{name} is {stored.dtype} {stored.shape}, expected {expected.dtype} {expected.shape}"
     # As bits: NaN equals itself, and 0.0 does not pass for -0.0.

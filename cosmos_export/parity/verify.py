@@ -28,9 +28,11 @@ from cosmos_export.parity.reference import EagerReference
 from cosmos_export.parity.report import CaseResult, Measurement, ParityReport
 from cosmos_export.parity.stepwise import ragged_case, ragged_logits, stepwise_cases, stepwise_logits
 from cosmos_export.parity.stored import compare_stored
+from cosmos_export.parity.stored_programs import compare_program
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
-from cosmos_runtime import DECODER, SAMPLER, Session, load
+from cosmos_export.torch_programs.sessions import load_session
+from cosmos_runtime import DECODER, ONNX, SAMPLER, Session, load
 
 # Where errors are looked at: a fault at the first or last position must not hide behind the others' larger range.
 _POSITIONS = {"all": slice(None), "first": slice(0, 1), "last": slice(-1, None)}
@@ -70,7 +72,7 @@ def verify_bundle(
     Raises the runtime's errors when the bundle cannot be run at all, CheckpointError when the checkpoint does not load.
     """
     folder, progress = Path(folder), progress or Silent()
-    session = load(folder, provider=provider)
+    session = load_session(folder, provider=provider)
     manifest = session.manifest
     recipe = ExportRecipe.from_manifest(manifest.recipe)
     progress.stage("Comparing stored tensors")
@@ -79,7 +81,8 @@ def verify_bundle(
     if recipe.calibration is not None and not checkpoint.calibrated:  # an export has just made them, and knows better
         checkpoint = with_stored_levels(checkpoint, graphs[0], recipe)
     heads = None if manifest.capabilities is None else tuple(manifest.capabilities["names"])
-    stored = [compare_stored(graph, checkpoint, recipe, heads) for graph in graphs]
+    compare_file = compare_stored if recipe.format == ONNX else compare_program
+    stored = [compare_file(graph, checkpoint, recipe, heads) for graph in graphs]
     if recipe.calibration is not None:
         far = list(strayed(checkpoint, recipe))
         stored = [tensors.with_calibrated(len(checkpoint.calibrated), far) for tensors in stored]
@@ -166,7 +169,7 @@ def _warnings(recipe: ExportRecipe, reference: EagerReference, cases: list[Case]
 def _sessions(session: Session, recipe: ExportRecipe, provider: str) -> Iterator[dict[Arithmetic, Session]]:
     """The session as it is and, where it rounds activations, the same bytes without that."""
     arithmetic = arithmetic_of(recipe)
-    if arithmetic is not Arithmetic.INT8_ACTIVATIONS:
+    if arithmetic is not Arithmetic.INT8_ACTIVATIONS or recipe.format != ONNX:
         yield {arithmetic: session}
         return
     with float32_activations(session.bundle.path) as copy:

@@ -12,7 +12,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.model.loading import random_checkpoint
 from cosmos_export.onnx.quantize import Quantization
-from cosmos_export.pipeline import ExportedBundle, export_onnx
+from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.recipe import ExportRecipe
 
 
@@ -50,14 +50,14 @@ def small_bundle(
     small_checkpoint: Checkpoint, recipe: ExportRecipe, tmp_path_factory: pytest.TempPathFactory
 ) -> ExportedBundle:
     out: Path = tmp_path_factory.mktemp("bundles") / "small"
-    return export_onnx(small_checkpoint, out, recipe)
+    return export_bundle(small_checkpoint, out, recipe)
 
 
 @pytest.fixture(scope="session")
 def small_decoder(small_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> ExportedBundle:
     """The same model with a key/value cache, in float32."""
     out = tmp_path_factory.mktemp("bundles") / "decoder"
-    return export_onnx(small_checkpoint, out, ExportRecipe.load("cpu-fp32"))
+    return export_bundle(small_checkpoint, out, ExportRecipe.load("cpu-fp32"))
 
 
 @pytest.fixture(scope="session")
@@ -74,4 +74,4 @@ def small_int4(gentle_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathF
     """Every part that a quantised matrix can have: blocks, scales and zero points."""
     out = tmp_path_factory.mktemp("bundles") / "int4"
     form = Quantization(bits=4, block_size=32, symmetric=False, accuracy_level=4)
-    return export_onnx(gentle_checkpoint, out, replace(ExportRecipe.load("cpu-int4"), quantization=form))
+    return export_bundle(gentle_checkpoint, out, replace(ExportRecipe.load("cpu-int4"), quantization=form))

@@ -9,7 +9,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.onnx.quantize import Quantization
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import ExportedBundle, export_onnx
+from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import CAPABILITIES
 
@@ -49,7 +49,7 @@ def export_heads(
     **options: Any,
 ) -> ExportedBundle:
     chosen = ExportRecipe.load(recipe) if isinstance(recipe, str) else recipe
-    return export_onnx(checkpoint, out, chosen, capabilities=capabilities, effort=effort, **options)
+    return export_bundle(checkpoint, out, chosen, capabilities=capabilities, effort=effort, **options)
 
 
 def quantised(bits: int, **changes: Any) -> ExportRecipe:

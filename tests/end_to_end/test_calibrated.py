@@ -13,7 +13,7 @@ from cosmos_export.calibration.plan import CalibrationPlan
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.cli import main
 from cosmos_export.parity.verify import Effort, verify_bundle
-from cosmos_export.pipeline import ExportedBundle, export_onnx
+from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import MANIFEST_NAME, Manifest, describe_file
 
@@ -27,7 +27,7 @@ def trained(gentle_checkpoint: Checkpoint) -> Checkpoint:
 @pytest.fixture(scope="module")
 def calibrated(trained: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> ExportedBundle:
     recipe = replace(ExportRecipe.load("cpu-int4"), calibration=CalibrationPlan(tokens=512, epochs=1))
-    return export_onnx(trained, tmp_path_factory.mktemp("calibrated") / "bundle", recipe, effort=Effort.QUICK)
+    return export_bundle(trained, tmp_path_factory.mktemp("calibrated") / "bundle", recipe, effort=Effort.QUICK)
 
 
 def test_it_is_proven_when_made_and_later(calibrated: ExportedBundle, trained: Checkpoint) -> None:
@@ -43,7 +43,7 @@ def test_it_differs_from_the_weights_rounded_one_by_one(
     calibrated: ExportedBundle, trained: Checkpoint, tmp_path: Path
 ) -> None:
     recipe = replace(ExportRecipe.load("cpu-int4"), calibration=None)
-    plain = export_onnx(trained, tmp_path / "plain", recipe, effort=Effort.QUICK)
+    plain = export_bundle(trained, tmp_path / "plain", recipe, effort=Effort.QUICK)
     assert plain.manifest.files["model.onnx.data"] != calibrated.manifest.files["model.onnx.data"]
     assert "calibration" not in plain.manifest.recipe
     assert "calibration" in calibrated.manifest.recipe

@@ -17,7 +17,7 @@ from cosmos_export.errors import ParityError
 from cosmos_export.parity.gates import Verdict
 from cosmos_export.parity.quality import measure_quality, sampled_text
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import ExportedBundle, export_onnx
+from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import demo_checkpoint
 from cosmos_runtime import Bundle, ProviderError, load
@@ -114,7 +114,7 @@ def test_four_bits_do_not_pass_for_eight(checkpoint, tmp_path):
     overrides = "".join(f"{name} = {coarse}\n" for name in ("qkv_proj", "o_proj", "w1_w3", "w2"))
     recipe.write_text(f"{text}\n[overrides]\n{overrides}", encoding="utf-8")
     with pytest.raises(ParityError, match="int8 gate") as caught:
-        export_onnx(checkpoint, tmp_path / "out", ExportRecipe.load(str(recipe)), effort=Effort.QUICK)
+        export_bundle(checkpoint, tmp_path / "out", ExportRecipe.load(str(recipe)), effort=Effort.QUICK)
     report = caught.value.report
     assert report.count(Verdict.FAIL) == 0
     assert not report.stored_problems

@@ -12,7 +12,7 @@ import pytest
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.parity.verify import Effort, verify_bundle
-from cosmos_export.pipeline import ExportedBundle, export_onnx
+from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import demo_checkpoint
 from cosmos_runtime import CosmosRuntimeError, ProviderError, Sampling, generate, generate_batch, load
@@ -46,7 +46,7 @@ def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory):
     def export(recipe: str) -> ExportedBundle:
         if recipe not in made:
             out = tmp_path_factory.mktemp("cuda") / recipe
-            made[recipe] = export_onnx(checkpoint, out, ExportRecipe.load(recipe), effort=Effort.OFF)
+            made[recipe] = export_bundle(checkpoint, out, ExportRecipe.load(recipe), effort=Effort.OFF)
         return made[recipe]
 
     return export

@@ -12,7 +12,7 @@ import pytest
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import ExportedBundle, export_onnx
+from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import (
     CosmosRuntimeError,
@@ -36,7 +36,7 @@ WAYS = {
 def bundle(small_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> ExportedBundle:
     """Proven on the CPU before it is used."""
     out = tmp_path_factory.mktemp("loops") / "fp16"
-    return export_onnx(small_checkpoint, out, ExportRecipe.load("cuda-fp16"))
+    return export_bundle(small_checkpoint, out, ExportRecipe.load("cuda-fp16"))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_a_width_that_the_fused_operator_refuses_still_loops(small_checkpoint: C
     from cosmos_export.model.loading import random_checkpoint
 
     odd = random_checkpoint(replace(small_checkpoint.config, head_dim=12), name="odd", seed=1)
-    bundle = export_onnx(odd, tmp_path / "odd", ExportRecipe.load("cuda-fp16"), effort=Effort.OFF)
+    bundle = export_bundle(odd, tmp_path / "odd", ExportRecipe.load("cuda-fp16"), effort=Effort.OFF)
     session = load(bundle.path, threads=1)
     on_host = list(generate(session, PROMPT, max_new_tokens=20, device_loop=False))
     assert list(generate(session, PROMPT, max_new_tokens=20, device_loop=True)) == on_host

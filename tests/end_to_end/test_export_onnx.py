@@ -17,7 +17,7 @@ from cosmos_export.checkpoint import Checkpoint, save_checkpoint
 from cosmos_export.cli import main as export_main
 from cosmos_export.model.loading import load_decoder
 from cosmos_export.parity.verify import verify_bundle
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.resources import demo_checkpoint, recipe_names
 from cosmos_runtime import Bundle, load
 from cosmos_runtime.cli import main as run_main
@@ -187,12 +187,12 @@ def test_an_existing_target_is_kept(small_bundle, small_checkpoint, recipe):
 
     before = (small_bundle.path / "manifest.json").read_bytes()
     with pytest.raises(TargetError, match="exists already"):
-        export_onnx(small_checkpoint, small_bundle.path, recipe)
+        export_bundle(small_checkpoint, small_bundle.path, recipe)
     assert (small_bundle.path / "manifest.json").read_bytes() == before
 
 
 def test_exporting_twice_gives_the_same_graph_and_weights(small_bundle, small_checkpoint, recipe, tmp_path):
-    again = export_onnx(small_checkpoint, tmp_path / "again", recipe)
+    again = export_bundle(small_checkpoint, tmp_path / "again", recipe)
     assert again.manifest.files == small_bundle.manifest.files
 
 
@@ -207,7 +207,7 @@ def test_exporting_twice_gives_the_same_graph_and_weights(small_bundle, small_ch
 )
 def test_the_oracle_through_onnxruntime(tag, layout, causal, recipe, tmp_path):
     checkpoint = Checkpoint.open(ORACLE, head_layout=layout)
-    bundle = export_onnx(checkpoint, tmp_path / "oracle", recipe, causal=causal)
+    bundle = export_bundle(checkpoint, tmp_path / "oracle", recipe, causal=causal)
     expected = np.load(ORACLE / "expected_logits.npz")
     logits = load(bundle.path).logits(expected["input_ids"])
     gate = bundle.report.cases[0].measurements[0]
@@ -218,7 +218,7 @@ def test_the_oracle_through_onnxruntime(tag, layout, causal, recipe, tmp_path):
 
 
 def test_a_model_without_causal_mask_verifies_as_such(small_checkpoint, recipe, tmp_path):
-    bundle = export_onnx(small_checkpoint, tmp_path / "both-ways", recipe, causal=False)
+    bundle = export_bundle(small_checkpoint, tmp_path / "both-ways", recipe, causal=False)
     assert bundle.manifest.model["causal"] is False
     assert not verify_bundle(bundle.path, small_checkpoint, causal=True).passed
 

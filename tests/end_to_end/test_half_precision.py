@@ -14,7 +14,7 @@ from cosmos_export.model.loading import load_decoder
 from cosmos_export.parity.gates import Arithmetic, Verdict
 from cosmos_export.parity.overflow import largest_activations, near_overflow
 from cosmos_export.parity.verify import Effort, verify_bundle
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 
 FLOAT, FLOAT16, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
@@ -22,7 +22,7 @@ FLOAT, FLOAT16, BFLOAT16 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onn
 
 @pytest.mark.parametrize("recipe", ["cpu-fp16", "cuda-fp16", "cuda-int8", "cuda-int4"])
 def test_float16_is_proven(recipe: str, gentle_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    bundle = export_onnx(gentle_checkpoint, tmp_path / "out", ExportRecipe.load(recipe))
+    bundle = export_bundle(gentle_checkpoint, tmp_path / "out", ExportRecipe.load(recipe))
     report = bundle.report
     assert report is not None
     assert report.passed
@@ -41,7 +41,7 @@ def test_bfloat16_is_stored_as_it_should_be(gentle_checkpoint: Checkpoint, tmp_p
     from cosmos_export.parity.stored import compare_stored
 
     recipe = ExportRecipe.load("cuda-bf16")
-    bundle = export_onnx(gentle_checkpoint, tmp_path / "out", recipe, effort=Effort.OFF)
+    bundle = export_bundle(gentle_checkpoint, tmp_path / "out", recipe, effort=Effort.OFF)
     stored = compare_stored(bundle.path / "model.onnx", gentle_checkpoint, recipe)
     assert stored.passed, stored.problems
     graph = onnx.load(bundle.path / "model.onnx", load_external_data=False).graph
@@ -53,7 +53,7 @@ def test_bfloat16_is_stored_as_it_should_be(gentle_checkpoint: Checkpoint, tmp_p
 
 def test_a_wrong_graph_fails_the_float16_gate(small_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Another seed's weights, and one layer's gate and up exchanged, are far outside."""
-    bundle = export_onnx(small_checkpoint, tmp_path / "out", ExportRecipe.load("cpu-fp16"), effort=Effort.OFF)
+    bundle = export_bundle(small_checkpoint, tmp_path / "out", ExportRecipe.load("cpu-fp16"), effort=Effort.OFF)
     tensors = {name: small_checkpoint.tensor(name) for name in small_checkpoint.names}
     w1, w3 = "layers.0.feed_forward.w1.weight", "layers.0.feed_forward.w3.weight"
     other = Checkpoint.from_tensors(
@@ -69,7 +69,7 @@ def test_weights_beyond_float16_are_refused(small_checkpoint: Checkpoint, tmp_pa
     tensors["layers.1.attention.o_proj.weight"][3, 4] = 7e4
     loud = Checkpoint.from_tensors(small_checkpoint.config, tensors, dict(small_checkpoint.origin))
     with pytest.raises(ExportError, match=r"layers\.1\.attention\.o_proj\.weight has values up to 7e\+04.*bfloat16"):
-        export_onnx(loud, tmp_path / "out", ExportRecipe.load("cpu-fp16"), effort=Effort.OFF)
+        export_bundle(loud, tmp_path / "out", ExportRecipe.load("cpu-fp16"), effort=Effort.OFF)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ from cosmos_export.onnx.quantize import Quantization
 from cosmos_export.onnx.signature import graph_spec
 from cosmos_export.parity.arithmetic import float32_activations
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.progress import Silent
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import recipe_names
@@ -34,7 +34,7 @@ def _is_here(recipe: ExportRecipe) -> bool:
     return DECODER in recipe.graphs and DEVICE_LOOP not in recipe.graphs and recipe.activations == "float32"
 
 
-DECODERS = [name for name in recipe_names() if _is_here(ExportRecipe.load(name))]
+DECODERS = [name for name in recipe_names("onnx") if _is_here(ExportRecipe.load(name))]
 # One that is not offered: zero points, of an odd number of blocks.
 ASYMMETRIC = "4 bits, asymmetric"
 EMBEDDING = "tok_embeddings.weight"
@@ -55,7 +55,7 @@ class Decoder:
 
     def __init__(self, folder: Path, recipe: ExportRecipe, checkpoint: Checkpoint) -> None:
         notes = Notes()
-        export_onnx(checkpoint, folder, recipe, effort=Effort.OFF, progress=notes)
+        export_bundle(checkpoint, folder, recipe, effort=Effort.OFF, progress=notes)
         self.said = notes.said
         self.folder, self.recipe, self.checkpoint = folder, recipe, checkpoint
         self.config = checkpoint.config
@@ -339,7 +339,7 @@ def test_past_and_present_may_be_one_buffer(name: str, decoders: Callable[[str],
 
 def test_a_model_without_causal_mask_is_refused_before_anything_is_written(fp32: Decoder, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cpu-fp32.*causal"):
-        export_onnx(fp32.checkpoint, tmp_path / "bundle", fp32.recipe, causal=False)
+        export_bundle(fp32.checkpoint, tmp_path / "bundle", fp32.recipe, causal=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -368,4 +368,4 @@ def test_heads_that_it_takes_need_no_note(decoder: Decoder) -> None:
 def test_a_model_of_one_position_has_no_use_for_a_cache(make_config: MakeConfig, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(make_config(max_sequence_length=1), name="tiny")
     with pytest.raises(CosmosExportError, match="max_sequence_length"):
-        export_onnx(checkpoint, tmp_path / "bundle", ExportRecipe.load("cpu-fp32"), effort=Effort.OFF)
+        export_bundle(checkpoint, tmp_path / "bundle", ExportRecipe.load("cpu-fp32"), effort=Effort.OFF)

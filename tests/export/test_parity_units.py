@@ -23,7 +23,7 @@ from cosmos_export.parity.report import CaseResult, Measurement, ParityReport, g
 from cosmos_export.parity.stepwise import pieces, stepwise_cases
 from cosmos_export.parity.stored import StoredTensors
 from cosmos_export.parity.verify import Effort
-from cosmos_export.pipeline import export_onnx
+from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import Bundle, describe_file
 
@@ -337,7 +337,7 @@ def test_stepwise_cases_fit_the_model(limit: int, length: int) -> None:
 @pytest.fixture(scope="module")
 def bundle(wide_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("arithmetic") / "bundle"
-    export_onnx(wide_checkpoint, folder, ExportRecipe.load("cpu-int8"), effort=Effort.OFF)
+    export_bundle(wide_checkpoint, folder, ExportRecipe.load("cpu-int8"), effort=Effort.OFF)
     return folder
 
 

@@ -29,8 +29,17 @@ def write(folder: Path, **changes: str | None) -> Path:
 
 
 def test_what_is_exported_when_nobody_says_how() -> None:
-    assert DEFAULT_RECIPES == {True: "cpu-fp32", False: "fp32"}
-    assert ExportRecipe.load(DEFAULT_RECIPES[True]).graphs == ("decoder",)
+    assert DEFAULT_RECIPES["onnx"] == {True: "cpu-fp32", False: "fp32"}
+    for graph_format, names in DEFAULT_RECIPES.items():
+        with_cache, without = ExportRecipe.load(names[True]), ExportRecipe.load(names[False])
+        assert (with_cache.graphs, without.graphs) == (("decoder",), ("full_sequence",))
+        assert with_cache.format == without.format == graph_format
+
+
+@pytest.mark.parametrize("graph_format", ["onnx", "torchscript", "pt2"])
+def test_a_recipe_says_its_format_in_its_name(graph_format: str) -> None:
+    of_format = [name for name in recipe_names() if ExportRecipe.load(name).format == graph_format]
+    assert recipe_names(graph_format) == of_format != []
 
 
 def test_fp32_is_portable() -> None:

@@ -1,0 +1,1 @@
+"""Programs that PyTorch runs: TorchScript, and its successor, exported programs (pt2)."""

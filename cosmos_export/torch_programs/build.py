@@ -1,0 +1,96 @@
+"""A checkpoint becomes a program in a bundle's folder: the model with its weights, wrapped, traced, in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.config import CosmosAdvancedConfig
+from cosmos_export.model.backbone import CosmosBackbone
+from cosmos_export.model.loading import load_decoder, load_model
+from cosmos_export.model.tensors_read import tensors_read
+from cosmos_export.onnx.axes import traced_shape
+from cosmos_export.onnx.signature import graph_spec
+from cosmos_export.recipe import FBGEMM, ONEDNN, ExportRecipe
+from cosmos_export.torch_programs.calling import Argument, TorchProgram, arguments
+from cosmos_export.torch_programs.products import with_int8_products, with_packed_products
+from cosmos_export.torch_programs.pt2 import export_program, write_program
+from cosmos_export.torch_programs.torchscript import write_torchscript
+from cosmos_runtime import TORCHSCRIPT, GraphSpec, Role
+
+# The file of a bundle, by its format.
+FILES = {"torchscript": "model.pt", "pt2": "model.pt2"}
+
+
+def write_torch_program(
+    folder: Path,
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    *,
+    causal: bool = True,
+    capabilities: Sequence[str] | None = None,
+) -> dict[str, GraphSpec]:
+    """Writes the one graph of a recipe into `folder`; its specification, by the graph's name.
+
+    The whole model is in memory for that. Raises ExportError where it cannot be traced for all sizes.
+    """
+    (graph,) = recipe.graphs
+    config = checkpoint.config
+    spec = program_spec(graph, config, recipe, capabilities)
+    model = _prepared(load(checkpoint, recipe, causal=causal, capabilities=capabilities), recipe)
+    program = TorchProgram.around(model, graph, spec)
+    examples = example_arguments(spec, config)
+    if recipe.format == TORCHSCRIPT:
+        write_torchscript(program, examples, spec, folder / spec.file)
+    else:
+        write_program(export_program(program, examples, spec, config), folder / spec.file)
+    return {graph: spec}
+
+
+def program_spec(
+    graph: str, config: CosmosAdvancedConfig, recipe: ExportRecipe, capabilities: Sequence[str] | None
+) -> GraphSpec:
+    """The signature of a recipe's program."""
+    spec = graph_spec(graph, config, None, activations=recipe.activations, capabilities=capabilities)
+    return replace(spec, file=FILES[recipe.format])
+
+
+def load(
+    checkpoint: Checkpoint, recipe: ExportRecipe, *, causal: bool, capabilities: Sequence[str] | None
+) -> CosmosBackbone:
+    """The eager model in the type that a recipe computes with, with the weights that a forward pass reads."""
+    dtype: torch.dtype = getattr(torch, recipe.activations)
+    if capabilities is None:
+        return load_decoder(checkpoint, causal=causal, dtype=dtype)
+    model = load_model(checkpoint, causal=causal, dtype=dtype, capabilities=capabilities)
+    _forget_all_but(model, tensors_read(checkpoint.config, capabilities))
+    return model
+
+
+def example_arguments(spec: GraphSpec, config: CosmosAdvancedConfig) -> list[Argument]:
+    """Arguments to trace with: of some sizes, every row as long as the longest."""
+    values = {}
+    for tensor in spec.inputs:
+        make = torch.ones if tensor.role == Role.ATTENTION_MASK else torch.zeros
+        shape = traced_shape(tensor, config.max_sequence_length)
+        values[tensor.name] = make(shape, dtype=getattr(torch, tensor.dtype))
+    return arguments(values, spec)
+
+
+def _prepared(model: CosmosBackbone, recipe: ExportRecipe) -> CosmosBackbone:
+    if recipe.dialect == FBGEMM:
+        return with_int8_products(model)
+    return with_packed_products(model) if recipe.dialect == ONEDNN else model
+
+
+def _forget_all_but(model: nn.Module, read: set[str]) -> None:
+    """A program would carry every weight of its module, whether it computes with it or not."""
+    for name, _ in list(model.named_parameters()) + list(model.named_buffers()):
+        if name not in read and not name.startswith("rope."):
+            owner, _, attribute = name.rpartition(".")
+            delattr(model.get_submodule(owner), attribute)

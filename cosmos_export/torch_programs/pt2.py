@@ -1,0 +1,70 @@
+"""The eager model becomes an exported program (torch.export), with its dynamic axes named."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as _sizes
+from torch import Tensor
+
+from cosmos_export.config import CosmosAdvancedConfig
+from cosmos_export.errors import ExportError
+from cosmos_export.onnx.axes import dynamic_axes, dynamic_shape
+from cosmos_export.torch_programs.calling import Argument, TorchProgram, arguments
+from cosmos_runtime import GraphSpec
+
+_MODEL = "program.model."  # what wrapping puts before the checkpoint's names
+
+
+def export_program(
+    program: TorchProgram, examples: list[Argument], spec: GraphSpec, config: CosmosAdvancedConfig
+) -> torch.export.ExportedProgram:
+    """A program for all sizes of the axes that `spec` names. Raises ExportError where it depends on one of them."""
+    axes = dynamic_axes(spec, config)
+    shapes = arguments({tensor.name: dynamic_shape(tensor, axes) for tensor in spec.inputs}, spec)
+    try:
+        # Without it, a cache as long as what is read of it would count as another program than a longer one.
+        with quiet(), torch.no_grad(), _sizes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            return torch.export.export(program.eval(), tuple(examples), dynamic_shapes=(tuple(shapes),), strict=False)
+    except Exception as error:  # torch raises many types here, none of them public
+        raise ExportError(f"torch.export could not trace with dynamic {', '.join(axes)}: {error}") from error
+
+
+def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Writes an exported program, to be loaded with `torch.export.load`."""
+    with quiet():
+        torch.export.save(program, path)
+
+
+def load_program(path: Path) -> torch.export.ExportedProgram:
+    """A file of `write_program`."""
+    with quiet():
+        return torch.export.load(path)
+
+
+def stored_tensors(program: torch.export.ExportedProgram) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a loaded program by the checkpoint's names."""
+    named: dict[str, Any] = {**program.state_dict, **program.constants}
+    for name, tensor in named.items():
+        if isinstance(tensor, Tensor) and name.startswith(_MODEL):
+            yield name.removeprefix(_MODEL), tensor
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what torch says about itself while it exports, saves and loads."""
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
