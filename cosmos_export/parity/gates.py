@@ -101,6 +101,12 @@ QUALITY_GATES = {
     "fp16": QualityGate(0.0001, 0.99, reason="11 bits cost next to nothing; best tokens change at near ties only"),
     "bf16": QualityGate(0.005, 0.97, reason="8 bits in weights and activations cost about what int8 does"),
     "int8": QualityGate(0.005, 0.985, reason="8 bits in small blocks should be hard to tell from float32"),
+    "int8-dynamic": QualityGate(
+        0.005,
+        0.96,
+        reason="activations in 7 bits, one range for a whole tensor, are all that PyTorch's dynamic quantisation has: "
+        "distributions are held to what int8 is, and best tokens that lead by little may change more often",
+    ),
     "int4": QualityGate(0.05, 0.90, reason="4 bits cost something; more than this and text reads worse"),
 }
 

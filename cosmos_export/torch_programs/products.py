@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cosmos_export.errors import ExportError
 from cosmos_export.model.backbone import CosmosBackbone
-from cosmos_export.recipe import PROJECTIONS_OF_LAYERS
+from cosmos_export.recipe import DYNAMICALLY_QUANTIZED
 from cosmos_export.torch_programs.rows import quantize_rows
 
 # The product with the tied embedding takes the place of the model's method; a checkpoint has no name for its matrix.
@@ -77,7 +77,7 @@ def with_packed_products(model: CosmosBackbone) -> CosmosBackbone:
 
 
 def with_int8_products(model: CosmosBackbone) -> CosmosBackbone:
-    """`model`, changed: the projections of its layers are FBGEMM's products in 8 bits, the others `PackedLinear`.
+    """`model`, changed: most projections of its layers are FBGEMM's products in 8 bits, the others `PackedLinear`.
 
     A matrix has a scale a row, and its input is rounded to 7 bits at every call, in one range for the whole tensor
     ("dynamic quantisation"). Raises ExportError where PyTorch no longer has it.
@@ -87,7 +87,7 @@ def with_int8_products(model: CosmosBackbone) -> CosmosBackbone:
     except ImportError as error:
         raise ExportError(f"PyTorch {torch.__version__} has no dynamic quantisation any more: {error}") from None
     for owner, name, layer in _linear_layers(model):
-        if name in PROJECTIONS_OF_LAYERS:
+        if name in DYNAMICALLY_QUANTIZED:
             rows = quantize_rows(layer.weight.data)
             quantised = Linear(layer.in_features, layer.out_features, bias_=False, dtype=torch.qint8)
             quantised.set_weight_bias(rows.as_quantized(), None)

@@ -29,7 +29,8 @@ EXPLAINED = (
 )
 
 _PROGRAM = "program.model."  # what wrapping puts before the checkpoint's names
-_FBGEMM_MATRIX = "_packed_params"  # what PyTorch calls a matrix of dynamic quantisation, and the module around it
+# What PyTorch calls a matrix of dynamic quantisation, and the class of the module around it.
+_FBGEMM_MATRIX, _FBGEMM_MODULE = "_packed_params", "LinearPackedParams"
 
 
 def write_torchscript(program: TorchProgram, examples: list[Argument], spec: GraphSpec, path: Path) -> None:
@@ -74,7 +75,7 @@ def stored_tensors(module: torch.jit.ScriptModule) -> Iterator[tuple[str, Tensor
             yield f"{name}.weight", child.stored()
             if child.bias is not None:
                 yield f"{name}.bias", child.bias
-        elif hasattr(child, _FBGEMM_MATRIX):
+        elif child.original_name == _FBGEMM_MODULE:
             matrix, _ = torch.ops.quantized.linear_unpack(getattr(child, _FBGEMM_MATRIX))
             yield f"{name.removesuffix('.' + _FBGEMM_MATRIX)}.weight", matrix
 
