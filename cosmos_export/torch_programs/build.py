@@ -16,6 +16,7 @@ from cosmos_export.model.loading import load_decoder, load_model
 from cosmos_export.model.tensors_read import tensors_read
 from cosmos_export.onnx.axes import traced_shape
 from cosmos_export.onnx.signature import graph_spec
+from cosmos_export.onnx.weights import WeightReader
 from cosmos_export.recipe import FBGEMM, ONEDNN, ExportRecipe
 from cosmos_export.torch_programs.calling import Argument, TorchProgram, arguments
 from cosmos_export.torch_programs.products import with_int8_products, with_packed_products
@@ -63,12 +64,17 @@ def program_spec(
 def load(
     checkpoint: Checkpoint, recipe: ExportRecipe, *, causal: bool, capabilities: Sequence[str] | None
 ) -> CosmosBackbone:
-    """The eager model in the type that a recipe computes with, with the weights that a forward pass reads."""
-    dtype: torch.dtype = getattr(torch, recipe.activations)
+    """The eager model with the weights that a forward pass reads, in the type that a recipe computes with.
+
+    Raises CheckpointError as `load_decoder` and `load_model` do, ExportError where a weight is beyond the type's range.
+    """
+    model: CosmosBackbone
     if capabilities is None:
-        return load_decoder(checkpoint, causal=causal, dtype=dtype)
-    model = load_model(checkpoint, causal=causal, dtype=dtype, capabilities=capabilities)
-    _forget_all_but(model, tensors_read(checkpoint.config, capabilities))
+        model = load_decoder(checkpoint, causal=causal)
+    else:
+        model = load_model(checkpoint, causal=causal, capabilities=capabilities)
+        _forget_all_but(model, tensors_read(checkpoint.config, capabilities))
+    _store(model, WeightReader(checkpoint, recipe))
     return model
 
 
@@ -86,6 +92,15 @@ def _prepared(model: CosmosBackbone, recipe: ExportRecipe) -> CosmosBackbone:
     if recipe.dialect == FBGEMM:
         return with_int8_products(model)
     return with_packed_products(model) if recipe.dialect == ONEDNN else model
+
+
+def _store(model: nn.Module, reader: WeightReader) -> None:
+    """Puts into `model` what a bundle has to hold: rounded once, and each tensor in memory of its own. A view of more,
+    as the queries' third of a packed projection is one, would be written with all of it."""
+    for name, tensor in list(model.named_parameters()) + list(model.named_buffers()):
+        if not name.startswith("rope."):
+            stored = reader.read(name)
+            tensor.data = stored if stored.untyped_storage().nbytes() == stored.nbytes else stored.clone()
 
 
 def _forget_all_but(model: nn.Module, read: set[str]) -> None:

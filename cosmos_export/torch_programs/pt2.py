@@ -17,7 +17,7 @@ from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ExportError
 from cosmos_export.onnx.axes import dynamic_axes, dynamic_shape
 from cosmos_export.torch_programs.calling import Argument, TorchProgram, arguments
-from cosmos_runtime import GraphSpec
+from cosmos_runtime import GraphSpec, Role
 
 _MODEL = "program.model."  # what wrapping puts before the checkpoint's names
 
@@ -29,8 +29,9 @@ def export_program(
     axes = dynamic_axes(spec, config)
     shapes = arguments({tensor.name: dynamic_shape(tensor, axes) for tensor in spec.inputs}, spec)
     try:
-        # Without it, a cache as long as what is read of it would count as another program than a longer one.
-        with quiet(), torch.no_grad(), _sizes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        # With a cache: one as long as what is read of it would count as another program than a longer one. Without: a
+        # sequence of one token would.
+        with quiet(), torch.no_grad(), _sizes.patch(backed_size_oblivious=_has_cache(spec)):  # type: ignore[attr-defined]
             return torch.export.export(program.eval(), tuple(examples), dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as error:  # torch raises many types here, none of them public
         raise ExportError(f"torch.export could not trace with dynamic {', '.join(axes)}: {error}") from error
@@ -54,6 +55,10 @@ def stored_tensors(program: torch.export.ExportedProgram) -> Iterator[tuple[str,
     for name, tensor in named.items():
         if isinstance(tensor, Tensor) and name.startswith(_MODEL):
             yield name.removeprefix(_MODEL), tensor
+
+
+def _has_cache(spec: GraphSpec) -> bool:
+    return any(tensor.role == Role.PAST_KEY for tensor in spec.inputs)
 
 
 @contextlib.contextmanager
