@@ -14,10 +14,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cosmos_export.config import CosmosAdvancedConfig
     from cosmos_export.model.cosmos import CosmosAdvancedModel
+    from cosmos_export.torch_programs.sessions import eager_session, load_session
 
-__all__ = ["CosmosAdvancedConfig", "CosmosAdvancedModel"]
+__all__ = ["CosmosAdvancedConfig", "CosmosAdvancedModel", "eager_session", "load_session"]
 
-_HOME = {"CosmosAdvancedConfig": "config", "CosmosAdvancedModel": "model.cosmos"}
+_HOME = {
+    "CosmosAdvancedConfig": "config",
+    "CosmosAdvancedModel": "model.cosmos",
+    "eager_session": "torch_programs.sessions",
+    "load_session": "torch_programs.sessions",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,8 @@ from torch import Tensor
 # FBGEMM's products add pairs of 8-bit products in 16 bits on processors without VNNI; activations of 7 bits cannot
 # overflow that, and PyTorch rounds to those ("reduce_range").
 _ACTIVATION_LEVELS = 127
+# PyTorch takes no smaller step between these, however small the values are (ATen, native/quantized/cpu/QuantUtils.h).
+_SMALLEST_STEP = 6.1e-5
 
 
 @dataclass(frozen=True)
@@ -41,4 +43,5 @@ def round_to_7_bits(x: Tensor) -> Tensor:
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     step = ((high - low) / _ACTIVATION_LEVELS).clamp(min=torch.finfo(x.dtype).tiny)
     zero = (-low / step).round().clamp(0, _ACTIVATION_LEVELS)
+    step = step.clamp(min=_SMALLEST_STEP)
     return ((x / step).round() + zero).clamp(0, _ACTIVATION_LEVELS).sub(zero) * step

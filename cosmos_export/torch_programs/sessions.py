@@ -8,6 +8,7 @@ for token in cosmos_runtime.generate(session, [1, 2, 3], max_new_tokens=100): ..
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -66,13 +67,16 @@ def eager_session(
     checkpoint: Checkpoint,
     *,
     causal: bool = True,
-    capabilities: tuple[str, ...] | None = None,
+    capabilities: Sequence[str] | None = None,
     dtype: str = "float32",
+    threads: int | None = None,
 ) -> Session:
     """The model of a checkpoint as a session, with the key/value cache that a causal model can have.
 
     With `capabilities` it is the model with these heads, with None the plain decoder.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     graph = DECODER if causal else FULL_SEQUENCE
     recipe = _eager_recipe(graph, dtype)
     model = load_model(checkpoint, recipe, causal=causal, capabilities=capabilities)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cosmos_runtime.batch_generation import BatchGeneration, generate_batch
     from cosmos_runtime.binding import Binding, LoadedGraph, Memory
     from cosmos_runtime.bundle import Bundle
+    from cosmos_runtime.cli.generate import new_generate_command
     from cosmos_runtime.continuation import Continuation
     from cosmos_runtime.decoding import Decoder, RewindingDecoder, new_decoder
     from cosmos_runtime.diagnostics import nested_diagnostics
@@ -115,6 +116,7 @@ __all__ = [
     "nested_diagnostics",
     "new_batch_decoder",
     "new_decoder",
+    "new_generate_command",
     "sample",
     "score",
     "score_specs",
@@ -126,6 +128,7 @@ _PUBLIC_NAMES = {
     "batch_decoding": ("BatchDecoder", "new_batch_decoder"),
     "binding": ("Binding", "LoadedGraph", "Memory"),
     "bundle": ("Bundle",),
+    "cli.generate": ("new_generate_command",),
     "continuation": ("Continuation",),
     "decoding": ("Decoder", "RewindingDecoder", "new_decoder"),
     "diagnostics": ("nested_diagnostics",),

@@ -70,8 +70,10 @@ def choose_graph(manifest: Manifest, name: str | None = None) -> tuple[str, Grap
 def session_on(
     graph: LoadedGraph, bundle: Bundle, name: str, *, provider: str = "cpu", stream: Stream | None = None
 ) -> "Session":
-    """A session over a bundle's graph `name` that some engine has loaded. `load` is this with ONNX Runtime, and whatever
-    generates or scores with a session does so with any engine."""
+    """A session over a bundle's graph `name` that some engine has loaded.
+
+    `load` is this with ONNX Runtime, and whatever generates or scores with a session does so with any engine.
+    """
     make = DecoderGraph if name == DECODER else FullSequenceGraph
     return Session(bundle, provider, make(graph, bundle.manifest.graph(name), bundle, stream))
 
