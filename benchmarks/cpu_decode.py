@@ -1,4 +1,4 @@
-"""Compares decoding on a CPU: this runtime, llama.cpp, onnxruntime-genai, transformers, OpenVINO GenAI, same weights.
+"""Compares decoding on a CPU: this runtime, this project's TorchScript and pt2, other engines, all on the same weights.
 
 First it proves on the demo checkpoint that all of them print the same greedy tokens in float32. Then, in alternating
 pairs: load time, start of a process to its first token, prefill, decoding at a short and a long context, peak memory.

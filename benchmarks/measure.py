@@ -1,7 +1,8 @@
 """What is measured, in alternating pairs: A B A B ..., so that a change of the machine's speed meets both sides.
 
-In each class of precision this runtime is paired with every other variant. A pair's two processes are the only ones
-alive, and take turns: one computes while the other waits on its pipe.
+In each class of precision this runtime (or, where it takes no part, the first of this project's other engines) is
+paired with every other variant. A pair's two processes are the only ones alive, and take turns: one computes while the
+other waits on its pipe.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import KINDS, OURS
+from benchmarks.engines import KINDS, OUR_ENGINES
 from benchmarks.process import EngineFailureError, EngineProcess, Variant
 
 Samples = dict[str, list[float]]  # values of one metric by metric name, in the order measured
@@ -100,6 +101,12 @@ class Results:
         return values and {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
+def base_of(variants: Iterable[Variant]) -> Variant | None:
+    """Ours among the variants of a class: what the others are compared to. None where nothing in it is ours."""
+    ours = [variant for variant in variants if variant.engine in OUR_ENGINES]
+    return min(ours, key=lambda variant: OUR_ENGINES.index(variant.engine), default=None)
+
+
 def pairs_of(variants: Iterable[Variant]) -> list[list[Variant]]:
     """Ours with each other variant of its class; variants of a class without ours stand alone, and so does ours."""
     by_class: dict[str, list[Variant]] = {}
@@ -107,8 +114,9 @@ def pairs_of(variants: Iterable[Variant]) -> list[list[Variant]]:
         by_class.setdefault(variant.precision, []).append(variant)
     groups: list[list[Variant]] = []
     for members in by_class.values():
-        ours = [v for v in members if v.engine == OURS]
-        others = [v for v in members if v.engine != OURS]
+        base = base_of(members)
+        ours = [] if base is None else [base]
+        others = [v for v in members if v is not base]
         groups += [[*ours, other] for other in others] or [ours]
     return groups
 

@@ -24,6 +24,10 @@ from cosmos_export.resources import recipe_names
 PRECISIONS = ("fp32", "int8", "int4")
 GGUF_CLASSES = {"f32": "fp32", "q8_0": "int8", "q4_0": "int4", "q4_0-pure": "int4"}
 BUILDER_CLASSES = ("fp32", "int4")
+# The recipes of each class that PyTorch runs, by engine; a recipe's name begins with its engine's.
+TORCH_RECIPES = {
+    "fp32": {"torchscript": ("torchscript-fp32",), "pt2": ("pt2-fp32",)},
+}
 
 
 class SkippedError(Exception):
@@ -49,7 +53,10 @@ class Workshop:
         self._forget_bundles()
         makers: list[Callable[[], list[Variant]]] = []
         for precision in precisions:
-            makers += [lambda p=precision: self._this_runtime(p), lambda p=precision: self._genai(p)]  # type: ignore[misc]
+            makers.append(lambda p=precision: self._this_runtime(p))  # type: ignore[misc]
+            for engine, recipes in TORCH_RECIPES.get(precision, {}).items():
+                makers.append(lambda e=engine, p=precision, r=recipes: self._torch_programs(e, p, r))  # type: ignore[misc]
+            makers.append(lambda p=precision: self._genai(p))  # type: ignore[misc]
             if builder and precision in BUILDER_CLASSES:
                 makers.append(lambda p=precision: self._genai_builder(p))  # type: ignore[misc]
             makers.append(lambda p=precision: self._llama_cpp(p, pure))  # type: ignore[misc]
@@ -92,11 +99,21 @@ class Workshop:
         """The bundle of a class: the given one, or one exported by the recipe `cpu-<class>`."""
         if precision in self.bundles:
             return self.bundles[precision]
-        target = self.scratch / f"bundle-{precision}"
+        return self._exported(f"cpu-{precision}", self.scratch / f"bundle-{precision}")
+
+    def _torch_programs(self, engine: str, precision: str, recipes: tuple[str, ...]) -> list[Variant]:
+        self._require(engine)
+        bundles = {recipe: self._exported(recipe, self.scratch / f"bundle-{recipe}") for recipe in recipes}
+        return [
+            self._variant(engine, precision, recipe.removeprefix(f"{engine}-"), bundle=str(bundle))
+            for recipe, bundle in bundles.items()
+        ]
+
+    def _exported(self, recipe: str, target: Path) -> Path:
+        """A bundle at `target` by this recipe, made unless it is there."""
         if not target.is_dir():
-            recipe = f"cpu-{precision}"
             if recipe not in recipe_names():
-                raise SkippedError(f"this runtime {precision}: there is no recipe {recipe}")
+                raise SkippedError(f"there is no recipe {recipe}")
             self.say(f"exporting {recipe}")
             # What a calibration changes is the values of the weights, which costs minutes and no speed.
             plain = replace(ExportRecipe.load(recipe), calibration=None)

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.engines import KINDS, OURS
-from benchmarks.measure import Results
+from benchmarks.engines import KINDS, OUR_ENGINES, OURS
+from benchmarks.measure import Results, base_of
 from benchmarks.process import ROOT, Variant
 
 # Metric, heading, factor to the unit shown, digits.
@@ -38,11 +38,12 @@ def rows(variants: list[Variant], results: Results) -> list[dict[str, Any]]:
 
 
 def _row(variant: Variant, variants: list[Variant], results: Results) -> dict[str, Any]:
-    ours = next((v for v in variants if v.engine == OURS and v.precision == variant.precision), None)
+    ours = base_of(v for v in variants if v.precision == variant.precision)
     samples = results.samples.get(variant.key, {})
     row: dict[str, Any] = {
         "variant": variant.key,
         "engine": KINDS[variant.engine].title,
+        "ours": variant.engine in OUR_ENGINES,
         "precision": variant.precision,
         "label": variant.label,
         "median": {metric: results.median(variant.key, metric) for metric in samples},
@@ -50,14 +51,17 @@ def _row(variant: Variant, variants: list[Variant], results: Results) -> dict[st
         "idle_processor_share": results.idle.get(variant.key),
     }
     if ours is not None and ours is not variant:
+        row["compared_to"] = ours.key
         ratios = results.ratios.get((ours.key, variant.key), {})
         row["times_ours_is_better"] = {metric: results.ratio(ours.key, variant.key, metric) for metric in ratios}
     return row
 
 
 def print_table(rows: list[dict[str, Any]], sizes: dict[str, int]) -> None:
-    """Medians; below each number, how many times better this runtime is in the pairs with that engine."""
-    table = Table(title="The same weights in every engine: medians, and how many times better this runtime is")
+    """Medians; below each number, how many times better what the row is compared to is, in the pairs of the two."""
+    bases = {KINDS[row["compared_to"].partition("/")[0]].title for row in rows if "compared_to" in row}
+    better = f", and how many times better {' or '.join(sorted(bases))} is" if bases else ""
+    table = Table(title=f"The same weights in every engine: medians{better}")
     table.add_column("engine")
     for _, heading, _, _ in COLUMNS:
         table.add_column(heading.format(**sizes), justify="right")
@@ -77,7 +81,9 @@ def _cell(row: dict[str, Any], metric: str, _heading: str, factor: float, digits
 
 
 def print_roofline(rooflines: dict[str, Any]) -> None:
-    """Limit and share reached, by bundle and context."""
+    """Limit and share reached, by bundle and context; nothing where this runtime took no part."""
+    if not rooflines["bundles"]:
+        return
     bandwidth = rooflines["bandwidth_bytes_s"] / 1e9
     table = Table(title=f"Bandwidth limit of decoding: {bandwidth:.1f} GB/s read, by all threads")
     for heading in ("bundle", "context", "weights MB", "cache MB", "limit tok/s", "measured", "reached"):
@@ -111,14 +117,21 @@ def plot(rows: list[dict[str, Any]], rooflines: dict[str, Any], sizes: dict[str,
 
 def _bars(axis: Any, rows: list[dict[str, Any]], metric: str) -> None:
     values = [row["median"].get(metric) or 0.0 for row in rows]
-    colours = ["#1f6f54" if row["variant"].startswith(OURS) else "#b8bec4" for row in rows]
-    bars = axis.barh([f"{row['engine']}, {row['label']}" for row in rows], values, color=colours)
+    names = [f"{row['engine']}, {row['label']}" for row in rows]
+    bars = axis.barh(names, values, color=[_colour(row) for row in rows])
     axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axis.margins(x=0.12)
     axis.locator_params(axis="x", nbins=6)
     if not axis.yaxis_inverted():
         axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _colour(row: dict[str, Any]) -> str:
+    """Green what is this project's, the runtime darkest; grey the others."""
+    if row["engine"] == KINDS[OURS].title:
+        return "#1f6f54"
+    return "#7fb59f" if row["ours"] else "#b8bec4"
 
 
 def _limits(axis: Any, rows: list[dict[str, Any]], entries: list[dict[str, Any]]) -> None:

@@ -30,11 +30,18 @@ class EngineKind:
     distributions: tuple[str, ...]
 
 
+_TORCH_PROGRAMS = ("cosmos_runtime", "cosmos_export", "torch")
+
 KINDS = {
     "this_runtime": EngineKind("this runtime", ("cosmos_runtime", "onnxruntime"), ("onnxruntime",)),
+    "torchscript": EngineKind("this project, TorchScript", _TORCH_PROGRAMS, ("torch",)),
+    "pt2": EngineKind("this project, pt2", _TORCH_PROGRAMS, ("torch",)),
     "llama_cpp": EngineKind("llama.cpp", ("llama_cpp",), ("llama-cpp-python",)),
     "genai": EngineKind("onnxruntime-genai", ("onnxruntime_genai",), ("onnxruntime-genai",)),
     "transformers_eager": EngineKind("transformers eager", ("transformers", "torch"), ("transformers", "torch")),
     "openvino_genai": EngineKind("OpenVINO GenAI", ("openvino_genai",), ("openvino-genai",)),
 }
 OURS = "this_runtime"
+# What this project makes. The first of them that takes part in a class is what the class's other variants are paired
+# with, and compared to.
+OUR_ENGINES = (OURS, "torchscript", "pt2")
