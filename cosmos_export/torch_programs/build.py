@@ -17,8 +17,9 @@ from cosmos_export.model.tensors_read import tensors_read
 from cosmos_export.onnx.axes import traced_shape
 from cosmos_export.onnx.signature import graph_spec
 from cosmos_export.onnx.weights import WeightReader
-from cosmos_export.recipe import FBGEMM, ONEDNN, ExportRecipe
+from cosmos_export.recipe import FBGEMM, INDUCTOR, ONEDNN, ExportRecipe
 from cosmos_export.torch_programs.calling import Argument, TorchProgram, arguments
+from cosmos_export.torch_programs.compiled import compile_program
 from cosmos_export.torch_programs.products import with_int8_products, with_packed_products
 from cosmos_export.torch_programs.pt2 import export_program, write_program
 from cosmos_export.torch_programs.torchscript import write_torchscript
@@ -49,7 +50,10 @@ def write_torch_program(
     if recipe.format == TORCHSCRIPT:
         write_torchscript(program, examples, spec, folder / spec.file)
     else:
-        write_program(export_program(program, examples, spec, config), folder / spec.file)
+        exported = export_program(program, examples, spec, config)
+        write_program(exported, folder / spec.file)
+        if recipe.dialect == INDUCTOR:
+            compile_program(exported, folder)
     return {graph: spec}
 
 

@@ -49,6 +49,35 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
         return torch.export.load(path)
 
 
+def runnable(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
+    """The program as a module for this process: its products by oneDNN, with their matrices in its own order, in float32
+    and bfloat16 on a CPU (`products.PackedLinear` says why)."""
+    module: torch.fx.GraphModule = program.module()
+    for node in list(module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
+        x, matrix, *bias = node.args
+        weight = _attribute(module, matrix)
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+            continue
+        name = f"{matrix.target}".replace(".", "_") + "_packed"
+        if not hasattr(module, name):
+            module.register_buffer(
+                name, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None), persistent=False
+            )
+        with module.graph.inserting_before(node):
+            arguments = (x, module.graph.get_attr(name), *(bias or [None]), "none", [], "")
+            product = module.graph.call_function(torch.ops.mkldnn._linear_pointwise.default, arguments)
+        node.replace_all_uses_with(product)
+        module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _attribute(module: torch.nn.Module, node: torch.fx.Node) -> Tensor:
+    owner, _, name = str(node.target).rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), name)
+    return tensor
+
+
 def stored_tensors(program: torch.export.ExportedProgram) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a loaded program by the checkpoint's names."""
     named: dict[str, Any] = {**program.state_dict, **program.constants}

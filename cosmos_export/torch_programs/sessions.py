@@ -16,12 +16,14 @@ import torch
 from cosmos_export.bundle import manifest_of
 from cosmos_export.checkpoint import TOKENIZER, Checkpoint
 from cosmos_export.errors import ConfigError
-from cosmos_export.recipe import ExportRecipe
+from cosmos_export.model.capabilities import capability_set
+from cosmos_export.recipe import INDUCTOR, ExportRecipe
 from cosmos_export.torch_programs.binding import Program, TorchGraph
 from cosmos_export.torch_programs.build import load as load_model
 from cosmos_export.torch_programs.build import program_spec
 from cosmos_export.torch_programs.calling import TorchProgram
-from cosmos_export.torch_programs.pt2 import load_program
+from cosmos_export.torch_programs.compiled import COMPILED, load_compiled
+from cosmos_export.torch_programs.pt2 import load_program, runnable
 from cosmos_export.torch_programs.torchscript import load_torchscript
 from cosmos_runtime import (
     DECODER,
@@ -29,6 +31,8 @@ from cosmos_runtime import (
     ONNX,
     TORCHSCRIPT,
     Bundle,
+    BundleError,
+    InputError,
     Manifest,
     ProviderError,
     Session,
@@ -55,10 +59,9 @@ def load_session(
     if opened.manifest.graph_format == ONNX:
         return load_onnx(opened, provider=provider, threads=threads)
     _check_provider(provider, opened.manifest)
+    _set_threads(threads)
     if not trusted:
         opened.check_hashes()
-    if threads is not None:
-        torch.set_num_threads(threads)
     name, spec = choose_graph(opened.manifest)
     return session_on(TorchGraph(_program(opened, opened.file(spec.file)), spec), opened, name)
 
@@ -74,23 +77,46 @@ def eager_session(
     """The model of a checkpoint as a session, with the key/value cache that a causal model can have.
 
     With `capabilities` it is the model with these heads, with None the plain decoder.
+    Raises CheckpointError, ConfigError, ExportError where a weight is beyond the range of `dtype`, InputError.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _set_threads(threads)
+    heads = None if capabilities is None else capability_set(capabilities)
     graph = DECODER if causal else FULL_SEQUENCE
     recipe = _eager_recipe(graph, dtype)
-    model = load_model(checkpoint, recipe, causal=causal, capabilities=capabilities)
-    spec = program_spec(graph, checkpoint.config, recipe, capabilities)
+    model = load_model(checkpoint, recipe, causal=causal, capabilities=heads)
+    spec = program_spec(graph, checkpoint.config, recipe, heads)
     program = TorchProgram.around(model, graph, spec)
-    manifest = manifest_of("eager", checkpoint, recipe, {graph: spec}, _files(checkpoint), causal, capabilities)
+    manifest = manifest_of("eager", checkpoint, recipe, {graph: spec}, _files(checkpoint), causal, heads)
     place = Path(".") if checkpoint.tokenizer is None else checkpoint.tokenizer.parent
     return session_on(TorchGraph(program, spec), Bundle(place, manifest), graph)
 
 
 def _program(bundle: Bundle, file: Path) -> Program:
+    try:
+        return _loaded(bundle, file)
+    except Exception as error:  # torch raises many types here, none of them public
+        made_with = bundle.manifest.versions.get("torch", "of an unknown version")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BundleError(
+            f"{file}: PyTorch {torch.__version__} cannot load what PyTorch {made_with} made: {reason}; export the "
+            f"checkpoint again with the PyTorch that is here"
+        ) from error
+
+
+def _loaded(bundle: Bundle, file: Path) -> Program:
     if bundle.manifest.graph_format == TORCHSCRIPT:
         return load_torchscript(file)
-    return load_program(file).module()
+    if bundle.manifest.recipe["dialect"] == INDUCTOR:
+        return load_compiled(bundle.file(COMPILED).parent)
+    return runnable(load_program(file))
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"threads: expected a positive integer or None, got {threads!r}")
+    torch.set_num_threads(threads)
 
 
 def _check_provider(provider: str, manifest: Manifest) -> None:
