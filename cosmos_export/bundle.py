@@ -12,9 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from cosmos_export.checkpoint import CONFIG, TOKENIZER, Checkpoint
 from cosmos_export.config import GEOMETRY, CosmosAdvancedConfig
@@ -24,6 +22,9 @@ from cosmos_export.model.loading import parameter_count
 from cosmos_export.onnx.signature import weights_file
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import MANIFEST_NAME, GraphSpec, Manifest, __version__, describe_file
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # What logits are read from, as a manifest says it: the decoder's hidden states, or what the capability heads make of a
 # row's last one.
@@ -60,6 +61,8 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 def write_graph(folder: Path, graph: str, file: str, model: ir.Model) -> None:
     """Writes one graph and its weights, tensor by tensor as they are read."""
+    import onnx_ir as ir  # which who opens a PyTorch program has no use for
+
     ir.save(model, folder / file, external_data=weights_file(graph), size_threshold_bytes=_EXTERNAL_FROM_BYTES)
 
 

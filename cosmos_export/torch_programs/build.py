@@ -22,7 +22,7 @@ from cosmos_export.torch_programs.calling import Argument, TorchProgram, argumen
 from cosmos_export.torch_programs.compiled import compile_program
 from cosmos_export.torch_programs.products import with_int8_products, with_packed_products
 from cosmos_export.torch_programs.pt2 import export_program, write_program
-from cosmos_export.torch_programs.torchscript import write_torchscript
+from cosmos_export.torch_programs.torchscript import explained_once, write_torchscript
 from cosmos_runtime import TORCHSCRIPT, GraphSpec, Role
 
 # The file of a bundle, by its format.
@@ -44,7 +44,9 @@ def write_torch_program(
     (graph,) = recipe.graphs
     config = checkpoint.config
     spec = program_spec(graph, config, recipe, capabilities)
-    model = _prepared(load(checkpoint, recipe, causal=causal, capabilities=capabilities), recipe)
+    model = load(checkpoint, recipe, causal=causal, capabilities=capabilities)
+    with explained_once():
+        model = _prepared(model, recipe)
     program = TorchProgram.around(model, graph, spec)
     examples = example_arguments(spec, config)
     if recipe.format == TORCHSCRIPT:

@@ -36,8 +36,8 @@ def compile_program(program: torch.export.ExportedProgram, folder: Path) -> None
     except Exception as error:  # torch raises many types here, none of them public
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ExportError(
-            f"PyTorch could not compile the program: {reason[0]}; it wants a C++ compiler (g++). --recipe pt2-fp32 does "
-            f"without"
+            f"PyTorch could not compile the program: {reason[0]}; it wants a C++ compiler (g++); "
+            f"--recipe pt2-fp32 does without"
         ) from error
 
 

@@ -50,8 +50,10 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
 
 
 def runnable(program: torch.export.ExportedProgram) -> torch.fx.GraphModule:
-    """The program as a module for this process: its products by oneDNN, with their matrices in its own order, in float32
-    and bfloat16 on a CPU (`products.PackedLinear` says why)."""
+    """The program as a module for this process: its products by oneDNN, over matrices in its own order.
+
+    In float32 and bfloat16, on a CPU; `products.PackedLinear` says why.
+    """
     module: torch.fx.GraphModule = program.module()
     for node in list(module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)):
         x, matrix, *bias = node.args

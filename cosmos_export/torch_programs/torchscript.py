@@ -8,6 +8,7 @@ that happens, and here its warning is an error.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,8 @@ from cosmos_export.torch_programs.calling import Argument, TorchProgram, argumen
 from cosmos_export.torch_programs.products import PackedLinear
 from cosmos_runtime import GraphSpec
 
-# PyTorch's own word on TorchScript, at every trace; and what a user should make of it.
-DEPRECATION = "is deprecated. Please switch to `torch.compile` or `torch.export`"
+# PyTorch says it at every class that it scripts; what a user should make of it is said once (`EXPLAINED`).
+_DEPRECATED = ".*is deprecated"
 EXPLAINED = (
     "PyTorch calls TorchScript deprecated: it still loads and runs these files, and works on it no more. Its successor "
     "is torch.export: `cosmos-export pt2` makes such a program of the same model, under the same proof"
@@ -40,8 +41,7 @@ def write_torchscript(program: TorchProgram, examples: list[Argument], spec: Gra
     names.
     Raises ExportError where tracing would have kept a size or a decision.
     """
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
-        warnings.filterwarnings("ignore", message=".*" + DEPRECATION.split(".")[0])
+    with explained_once(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         try:
             traced = torch.jit.trace(program.eval(), tuple(examples), check_trace=False)
@@ -56,10 +56,18 @@ def write_torchscript(program: TorchProgram, examples: list[Argument], spec: Gra
         torch.jit.save(traced, path)
 
 
+@contextlib.contextmanager
+def explained_once() -> Iterator[None]:
+    """Holds back PyTorch's own warnings that TorchScript, and what it quantises with, are deprecated."""
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, UserWarning, FutureWarning):
+            warnings.filterwarnings("ignore", message=_DEPRECATED, category=category)
+        yield
+
+
 def load_torchscript(path: Path) -> torch.jit.ScriptModule:
     """A file of `write_torchscript` on the CPU. A TorchScript file is a program: load none that you do not trust."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*" + DEPRECATION.split(".")[0])
+    with explained_once():
         loaded: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu")
     return loaded
 
