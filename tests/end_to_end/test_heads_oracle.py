@@ -11,7 +11,8 @@ import pytest
 from numpy.lib.npyio import NpzFile
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_runtime import CAPABILITIES, Session, load, new_decoder
+from cosmos_export.torch_programs.sessions import load_session
+from cosmos_runtime import CAPABILITIES, Session, new_decoder
 
 from .head_bundles import export_heads, same_report
 
@@ -48,10 +49,10 @@ def capabilities_of(case: dict[str, Any]) -> list[str]:
 
 
 def recipes_of(case: dict[str, Any]) -> list[str]:
-    """A cache wants a causal mask. The portable decoder is tried where most is at stake."""
+    """A cache wants a causal mask. The portable decoder and pt2 are tried where most is at stake."""
     if not case["causal"]:
-        return ["fp32"]
-    return ["cpu-fp32", "portable-fp32"] if case["calls"] > 1 else ["cpu-fp32"]
+        return ["fp32", "torchscript-full-sequence"]
+    return ["cpu-fp32", "torchscript-fp32", *(["portable-fp32", "pt2-fp32"] if case["calls"] > 1 else [])]
 
 
 TRIALS = [(case, recipe) for case in cases() for recipe in recipes_of(case)]
@@ -62,10 +63,10 @@ def test_every_call_of_a_case(case: dict[str, Any], recipe: str, expected: NpzFi
     bundle = export_heads(
         checkpoint_of(case), tmp_path / "bundle", recipe, capabilities_of(case), causal=case["causal"]
     )
-    session = load(bundle.path, threads=1)
+    session = load_session(bundle.path, threads=1)
     for rows in ([0], [1], [2], [0, 1, 2]):
         whole_sequences(session, case, expected, rows)
-    if recipe != "fp32":
+    if "decoder" in bundle.manifest.graphs:
         for row in range(3):
             token_by_token(session, case, expected, row)
 
