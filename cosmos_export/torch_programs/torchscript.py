@@ -9,6 +9,7 @@ that happens, and here its warning is an error.
 from __future__ import annotations
 
 import contextlib
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +46,16 @@ def write_torchscript(program: TorchProgram, examples: list[Argument], spec: Gra
         warnings.simplefilter("error", torch.jit.TracerWarning)
         try:
             traced = torch.jit.trace(program.eval(), tuple(examples), check_trace=False)
-        except torch.jit.TracerWarning as warning:
-            raise ExportError(f"torch.jit.trace would keep a size or a decision of this example: {warning}") from None
+        except (torch.jit.TracerWarning, SystemError) as error:
+            # int() and bool() of a tensor turn the warning into a SystemError that it is the cause of.
+            warning = error.__cause__ if isinstance(error, SystemError) else error
+            if not isinstance(warning, torch.jit.TracerWarning):
+                raise
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            raise ExportError(
+                f"torch.jit.trace would keep a size or a decision of this example: {warning} "
+                f"({where.filename}, line {where.lineno})"
+            ) from error
         _name_arguments(traced, argument_names(spec))
         for module in traced.modules():
             _follow_device(module)
