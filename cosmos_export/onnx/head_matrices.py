@@ -1,7 +1,9 @@
 """Which matrices of the capability heads take a recipe's precision.
 
 All that are as wide as the model on both sides do. The small ones do not: the last layers of detectors and scorers,
-whose few rows cost nothing in full, while their outputs are held to thresholds; and what chooses among skills.
+whose few rows cost nothing in full, while their outputs are held to thresholds; and what chooses among skills. Nor do
+the values of the concepts: they are weighted with a softmax over a thousand, whose many small weights int8 activations
+would round to nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ _NAMED = (
     "value_proj",
     "concept_query",
     "concept_keys",
-    "concept_values",
     "out_proj",
     "skills_in",
     "skills_out",

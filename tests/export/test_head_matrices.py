@@ -27,7 +27,7 @@ FP32 = ExportRecipe.load("cpu-fp32")
 
 @pytest.mark.parametrize("dim", [256, 1024])
 def test_wide_matrices_are_those_as_wide_as_the_model_on_both_sides(dim: int) -> None:
-    """But for the two that only go into tables; and a table of keys, which is as narrow as a head."""
+    """But for two that only go into tables and the table of values; the one of keys is as narrow as a head."""
     model = model_skeleton(small_config(dim=dim))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     wide = {
@@ -39,8 +39,8 @@ def test_wide_matrices_are_those_as_wide_as_the_model_on_both_sides(dim: int) ->
         "memory_system.semantic_memory.concept_embeddings",
         "memory_system.semantic_memory.concept_attention.in_proj_weight",
     }
-    keys = "memory_system.semantic_memory.concept_keys.weight"
-    assert {name for name in tensors if is_wide(name)} == {keys} | wide - into_tables
+    keys, values = (f"memory_system.semantic_memory.concept_{part}.weight" for part in ("keys", "values"))
+    assert {name for name in tensors if is_wide(name)} == {keys} | wide - {values} - into_tables
 
 
 def test_heads_may_be_stored_in_a_way_of_their_own() -> None:

@@ -3,7 +3,7 @@
     B  batch    D  dim    H  heads    d  D / H    C  concepts
 
 Keys of all heads are one matrix, and so are values. Each head is multiplied with all of them, and its own part is
-read of the result: for a few rows that costs less than a product a head, and such matrices take a recipe's precision.
+read of the result: for a few rows that costs no more than a product a head, and the keys can take a recipe's precision.
 What depends on weights alone is computed once for inference (`freeze`): a frozen module holds the queries' projection
 and the concepts' keys and values as tables, and its forward pass reads neither the embeddings nor the packed
 projection. In training all of it is computed anew in each pass.
