@@ -59,11 +59,13 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_graph(folder: Path, graph: str, file: str, model: ir.Model) -> None:
-    """Writes one graph and its weights, tensor by tensor as they are read."""
+def write_graph(folder: Path, graph: str, file: str, model: ir.Model, *, external_from: int | None = None) -> None:
+    """Writes one graph and its weights, tensor by tensor as they are read; those of fewer than `external_from` bytes
+    into the graph's file."""
     import onnx_ir as ir  # which who opens a PyTorch program has no use for
 
-    ir.save(model, folder / file, external_data=weights_file(graph), size_threshold_bytes=_EXTERNAL_FROM_BYTES)
+    smallest = _EXTERNAL_FROM_BYTES if external_from is None else external_from
+    ir.save(model, folder / file, external_data=weights_file(graph), size_threshold_bytes=smallest)
 
 
 def write_companions(folder: Path, checkpoint: Checkpoint) -> None:

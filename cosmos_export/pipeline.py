@@ -21,6 +21,7 @@ from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ParityError
 from cosmos_export.model.capabilities import capability_set
 from cosmos_export.model.loading import parameter_count
+from cosmos_export.onnx.decode_kernels import EXTERNAL_FROM_BYTES, why_not, write_decode_kernels
 from cosmos_export.onnx.device_loop import write_samplers
 from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
 from cosmos_export.onnx.genai import write_genai
@@ -137,12 +138,23 @@ def _onnx_graphs(
         program = run_passes(trace(model, graph, spec, fused_attention=fused), recipe)
         attach_weights(program, checkpoint, recipe, heads)
         progress.stage(f"Writing {spec.file} and its weights")
-        write_graph(folder, graph, spec.file, program)
+        write_graph(folder, graph, spec.file, program, external_from=EXTERNAL_FROM_BYTES if loop else None)
     if loop:
+        _write_kernels(folder, specs[DECODER].file, config, recipe, progress)
         specs |= write_samplers(folder, config)
     elif DECODER in specs and fused and heads is None:
         write_genai(folder, specs[DECODER].file, config)
     return specs
+
+
+def _write_kernels(
+    folder: Path, graph_file: str, config: CosmosAdvancedConfig, recipe: ExportRecipe, progress: Progress
+) -> None:
+    reason = why_not(config, recipe)
+    if reason is None:
+        write_decode_kernels(folder, graph_file, config, recipe)
+    else:
+        progress.note(f"single tokens are decoded by ONNX Runtime, more slowly than by the runtime's kernels: {reason}")
 
 
 def _for_heads(recipe: ExportRecipe, heads: Sequence[str] | None, progress: Progress) -> ExportRecipe:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cosmos_runtime.files import describe_file
     from cosmos_runtime.generation import Generation, TextGeneration, generate, generate_text
     from cosmos_runtime.heads import Diagnosis, MemoryBank
+    from cosmos_runtime.kernel_spec import KERNELS_NAME, KernelSpec, LayerWeights, StoredMatrix, StoredTensor
     from cosmos_runtime.manifest import (
         DECODER,
         DEVICE_LOOP,
@@ -67,6 +68,7 @@ __all__ = [
     "EVALUATION_CHECKS",
     "FULL_SEQUENCE",
     "GRAPH_FORMATS",
+    "KERNELS_NAME",
     "LABELS",
     "MANIFEST_NAME",
     "ONNX",
@@ -89,6 +91,8 @@ __all__ = [
     "Generation",
     "GraphSpec",
     "InputError",
+    "KernelSpec",
+    "LayerWeights",
     "LoadedGraph",
     "Manifest",
     "Memory",
@@ -101,6 +105,8 @@ __all__ = [
     "Score",
     "ScoreSpec",
     "Session",
+    "StoredMatrix",
+    "StoredTensor",
     "TensorSpec",
     "TextGeneration",
     "TextStream",
@@ -136,6 +142,7 @@ _PUBLIC_NAMES = {
     "files": ("describe_file",),
     "generation": ("Generation", "TextGeneration", "generate", "generate_text"),
     "heads": ("Diagnosis", "MemoryBank"),
+    "kernel_spec": ("KERNELS_NAME", "KernelSpec", "LayerWeights", "StoredMatrix", "StoredTensor"),
     "manifest": (
         "DECODER",
         "DEVICE_LOOP",

@@ -3,6 +3,7 @@
 B  batch    L  cache length    K  key/value heads    E  head_dim
 """
 
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +33,8 @@ class KeyValueCache:
         self.batch, self.length, self._stream = batch, length, stream or HostStream()
         self.device = self._stream.device
         self._pairs = cache_pairs(graph)
+        self._stream.reserve(self.size, f"a cache of {batch} x {length} tokens")
+        weakref.finalize(self, self._stream.release, self.size)
         self._values = [self._zeros(past) for past, _ in self._pairs]
 
     @property

@@ -75,6 +75,14 @@ class Stream(Protocol):
         """Until all work so far is done. Raises: CosmosRuntimeError where it failed."""
         ...
 
+    def reserve(self, size: int, what: str) -> None:
+        """Count `size` bytes for `what`. Raises: CosmosRuntimeError where that is beyond the limit that was set."""
+        ...
+
+    def release(self, size: int) -> None:
+        """Count them no more."""
+        ...
+
     def capturing(self) -> AbstractContextManager[object]:
         """To be held while a graph is captured: no other thread may then wait for anything."""
         ...
@@ -105,6 +113,12 @@ class HostStream:
     def wait(self) -> None:
         """Nothing is ever pending."""
 
+    def reserve(self, size: int, what: str) -> None:
+        """The host's memory has no limit here."""
+
+    def release(self, size: int) -> None:
+        """Nothing was counted."""
+
     def capturing(self) -> AbstractContextManager[object]:
         """Nothing is ever captured."""
         return nullcontext()
@@ -113,14 +127,16 @@ class HostStream:
 class CudaStream:
     """A CUDA stream of its own on the first GPU, in the context that ONNX Runtime uses, too.
 
-    It is never destroyed: a session that computes on it may be collected after it.
+    It is never destroyed: a session that computes on it may be collected after it. `memory_limit` bounds the bytes that
+    weights and caches on it may have together.
     Raises: ProviderError where there is no driver or no GPU.
     """
 
     device = "cuda"
 
-    def __init__(self) -> None:
-        self._driver = _Driver()
+    def __init__(self, memory_limit: int | None = None) -> None:
+        self._driver = Driver()
+        self._limit, self._reserved, self._counting = memory_limit, 0, threading.Lock()
         stream = ctypes.c_void_p()
         self._driver.call("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
         self._stream = stream
@@ -131,13 +147,20 @@ class CudaStream:
         """The stream as a number: ONNX Runtime's provider option `user_compute_stream`."""
         return int(self._stream.value or 0)
 
+    @property
+    def driver(self) -> "Driver":
+        """The driver library, for calls that streams have no method for."""
+        return self._driver
+
     def upload(self, values: npt.NDArray[Any], target: DeviceArray, first: int = 0) -> None:
-        """Copy a contiguous array to `target`, from its element `first` on. The array may change afterwards: the driver
-        has read pageable memory when it returns."""
-        address = ctypes.c_uint64(target.memory(first=first).address)
-        self._driver.call(
-            "cuMemcpyHtoDAsync_v2", address, _pointer(values), ctypes.c_size_t(values.nbytes), self._stream
-        )
+        """Copy a contiguous array to `target`, from its element `first` on."""
+        self.upload_to(values, target.memory(first=first).address)
+
+    def upload_to(self, values: npt.NDArray[Any], address: int) -> None:
+        """Copy a contiguous array to an address on the device. The array may change afterwards: the driver has read
+        pageable memory when it returns."""
+        size = ctypes.c_size_t(values.nbytes)
+        self._driver.call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), _pointer(values), size, self._stream)
 
     def clear(self, address: int, size: int) -> None:
         """Fill `size` bytes with zeros."""
@@ -160,6 +183,26 @@ class CudaStream:
     def wait(self) -> None:
         """Until all work so far is done."""
         self._driver.call("cuStreamSynchronize", self._stream)
+
+    def reserve(self, size: int, what: str) -> None:
+        """Count `size` bytes for `what`. Raises: CosmosRuntimeError where that is beyond the limit that was set."""
+        with self._counting:
+            if self._limit is not None and self._reserved + size > self._limit:
+                raise CosmosRuntimeError(
+                    f"{what}: {size:,} bytes are wanted, and of a gpu_mem_limit of {self._limit:,} there are "
+                    f"{self._limit - self._reserved:,} left; ask for fewer tokens or rows, or load with a higher limit"
+                )
+            self._reserved += size
+
+    def release(self, size: int) -> None:
+        """Count them no more."""
+        with self._counting:
+            self._reserved -= size
+
+    @property
+    def memory_left(self) -> int | None:
+        """Bytes of the limit that nobody has reserved; None without a limit."""
+        return None if self._limit is None else self._limit - self._reserved
 
     def capturing(self) -> AbstractContextManager[object]:
         """To be held while a graph is captured: CUDA then fails whatever waits, in any thread."""
@@ -186,7 +229,7 @@ class _Event:
     """A point in a stream's work, reached when the copy before it is complete."""
 
     def __init__(
-        self, driver: "_Driver", event: ctypes.c_void_p, target: npt.NDArray[Any], waiting: threading.Lock
+        self, driver: "Driver", event: ctypes.c_void_p, target: npt.NDArray[Any], waiting: threading.Lock
     ) -> None:
         self._driver, self._event, self._target, self._waiting = driver, event, target, waiting
 
@@ -202,7 +245,7 @@ class _Event:
 class _PinnedMemory:
     """Page-locked memory of the host."""
 
-    def __init__(self, driver: "_Driver", size: int) -> None:
+    def __init__(self, driver: "Driver", size: int) -> None:
         self._driver, self._pointer = driver, ctypes.c_void_p()
         driver.call("cuMemHostAlloc", ctypes.byref(self._pointer), ctypes.c_size_t(size), 0)
         buffer: Any = (ctypes.c_uint8 * size).from_address(int(self._pointer.value or 0))
@@ -214,7 +257,7 @@ class _PinnedMemory:
             self._driver.release("cuMemFreeHost", self._pointer)
 
 
-class _Driver:
+class Driver:
     """The driver library, with the first GPU's primary context current in whichever thread calls."""
 
     def __init__(self) -> None:

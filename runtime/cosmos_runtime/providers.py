@@ -8,9 +8,11 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cosmos_runtime.cuda_libraries import why_no_cuda
 from cosmos_runtime.device_stream import CudaStream, HostStream, Stream
 from cosmos_runtime.errors import BundleError, ProviderError, first_line
 
@@ -30,24 +32,38 @@ _LOG_ERRORS_ONLY = 3
 _CUDA_CURE = (
     'install it with: pip install "cosmos-export[gpu]", check the NVIDIA driver, CUDA and cuDNN, or use provider="cpu"'
 )
+_NO_MEMORY = "out of memory|Failed to allocate memory|Available memory of"
+_MEMORY_CURE = (
+    "the model does not fit into the GPU's memory, or into gpu_mem_limit: free memory there, export with a recipe of "
+    "fewer bits (cuda-int4), or use provider='cpu'"
+)
 
 
-def open_stream(provider: str) -> Stream:
-    """What sessions on `provider` compute on. Raises: ProviderError where the provider is unknown or not available."""
+def open_stream(provider: str, memory_limit: int | None = None) -> Stream:
+    """What sessions on `provider` compute on; weights and caches on a GPU may have `memory_limit` bytes.
+
+    Raises: ProviderError where the provider is unknown or not available.
+    """
     _provider_name(provider)
     if provider != "cuda":
         return HostStream()
     _prepare_cuda(_import_onnxruntime())
-    return CudaStream()
+    return CudaStream(memory_limit)
 
 
 def create_inference_session(
-    graph: Path, provider: str, threads: int, stream: Stream | None = None, *, replays: bool = False
+    graph: Path,
+    provider: str,
+    threads: int,
+    stream: Stream | None = None,
+    *,
+    replays: bool = False,
+    initializers: "Mapping[str, onnxruntime.OrtValue] | None" = None,
 ) -> "onnxruntime.InferenceSession":
     """An ONNX Runtime session of `graph` that runs on `provider` ("cpu" or "cuda"), on a stream of `open_stream`.
 
     With `replays` its runs can be captured and replayed (see `binding.device_run_options`), which wants every operator
-    to be one of the device's.
+    to be one of the device's. `initializers` are weights that lie on the device already, by name.
     Raises: ProviderError where the provider is unknown or not available, BundleError where the graph does not load.
     """
     wanted = _provider_name(provider)
@@ -56,8 +72,11 @@ def create_inference_session(
         _prepare_cuda(ort)
     options = dict(_OPTIONS[wanted])
     if isinstance(stream, CudaStream):
+        if stream.memory_left is not None:
+            options["gpu_mem_limit"] = str(stream.memory_left)
         options |= {"user_compute_stream": str(stream.handle), "enable_cuda_graph": str(int(replays))}
-    session = _create(ort, graph, wanted, options, threads, _REPLAYED if replays else {})
+    session_options = _session_options(ort, threads, _REPLAYED if replays else {}, initializers or {})
+    session = _create(ort, graph, wanted, options, session_options)
     _check_provider(session, provider)
     return session
 
@@ -94,19 +113,29 @@ def _prepare_cuda(ort: Any) -> None:
             ort.preload_dlls()
 
 
-def _create(
-    ort: Any, graph: Path, provider: str, provider_options: dict[str, str], threads: int, entries: dict[str, str]
-) -> "onnxruntime.InferenceSession":
+def _session_options(
+    ort: Any, threads: int, entries: dict[str, str], initializers: "Mapping[str, onnxruntime.OrtValue]"
+) -> "onnxruntime.SessionOptions":
     options = ort.SessionOptions()
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
+    for name, weight in initializers.items():
+        options.add_initializer(name, weight)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _LOG_ERRORS_ONLY
+    return options
+
+
+def _create(
+    ort: Any, graph: Path, provider: str, provider_options: dict[str, str], options: "onnxruntime.SessionOptions"
+) -> "onnxruntime.InferenceSession":
     try:
         # enable_fallback=0 keeps ONNX Runtime from retrying on the CPU after a failure.
         return ort.InferenceSession(graph, options, providers=[(provider, provider_options)], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors have no common base class
+        if provider == _PROVIDERS["cuda"] and re.search(_NO_MEMORY, str(error)):
+            raise ProviderError(f"provider 'cuda': {_cuda_cause(error)}; {_MEMORY_CURE}") from error
         if provider == _PROVIDERS["cuda"] and ("CUDA" in str(error) or "CUDNN" in str(error)):
             raise ProviderError(f"provider 'cuda': {_cuda_cause(error)}; {_CUDA_CURE}") from error
         raise BundleError(
@@ -123,4 +152,7 @@ def _cuda_cause(error: BaseException) -> str:
 def _check_provider(session: "onnxruntime.InferenceSession", provider: str) -> None:
     active = session.get_providers()
     if not active or active[0] != _PROVIDERS[provider]:
-        raise ProviderError(f"provider {provider!r}: ONNX Runtime could only start {', '.join(active)}; {_CUDA_CURE}")
+        started = f"ONNX Runtime could only start {', '.join(active)}"
+        reason = why_no_cuda() if provider == "cuda" else None
+        said = started if reason is None else f"{reason}: {started}"
+        raise ProviderError(f"provider {provider!r}: {said}; {_CUDA_CURE}")

@@ -10,12 +10,14 @@ import numpy.typing as npt
 from cosmos_runtime.arrays import TokenIds
 from cosmos_runtime.binding import LoadedGraph, OnnxGraph
 from cosmos_runtime.bundle import Bundle
+from cosmos_runtime.decode_kernels import load_decode_kernels
 from cosmos_runtime.decoder_graph import DecoderGraph
-from cosmos_runtime.device_stream import Stream
+from cosmos_runtime.device_stream import CudaStream, Stream
 from cosmos_runtime.errors import BundleError, InputError, ProviderError, TokenizerError
 from cosmos_runtime.full_sequence_graph import FullSequenceGraph
 from cosmos_runtime.head_signature import check_heads
 from cosmos_runtime.heads import Diagnosis, MemoryBank, has_heads
+from cosmos_runtime.kernel_graph import KernelGraph
 from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, ONNX, SAMPLER, GraphSpec, Manifest, Role
 from cosmos_runtime.providers import create_inference_session, open_stream
 from cosmos_runtime.signature import check_decoder, check_full_sequence, check_signature
@@ -33,26 +35,40 @@ def load(
     provider: str = "cpu",
     threads: int | None = None,
     graph: str | None = None,
+    gpu_mem_limit: int | None = None,
 ) -> "Session":
     """Load a bundle (opened, or the path of its folder) onto `provider`, "cpu" or "cuda".
 
     `threads` defaults to the physical cores that this process may use, `graph` to the bundle's `DECODER`, or its
     `FULL_SEQUENCE` where it has no decoder. Contents are not hashed here: call `Bundle.check_hashes` after a copy or
     download. The weights are memory-mapped: never write into the files of a bundle in use; replace it with a new
-    folder.
+    folder. `gpu_mem_limit` bounds the bytes that weights and caches have together on a GPU, and what ONNX Runtime takes
+    for its own work to what the weights leave of it; without it, there is what the GPU has.
 
-    Raises: BundleError, ProviderError (never another device instead), InputError for `threads` or `graph`.
+    Raises: BundleError, ProviderError (never another device instead, nor without room for the weights), InputError for
+    `threads`, `graph` or `gpu_mem_limit`.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     _refuse_torch_programs(opened.manifest)
     name, spec = choose_graph(opened.manifest, graph)
     check_device(opened.manifest, spec, provider)
-    stream = open_stream(provider) if name == DECODER else None
+    if gpu_mem_limit is not None:
+        token_count("gpu_mem_limit", gpu_mem_limit, minimum=1)
+    stream = open_stream(provider, gpu_mem_limit) if name == DECODER else None
     replays = stream is not None and has_device_loop(opened.manifest)
     file = opened.file(spec.file)
-    inference = create_inference_session(file, provider, thread_count(threads), stream, replays=replays)
+    kernels = load_decode_kernels(opened, stream) if replays and isinstance(stream, CudaStream) else None
+    inference = create_inference_session(
+        file,
+        provider,
+        thread_count(threads),
+        stream,
+        replays=replays,
+        initializers=None if kernels is None else kernels.initializers,
+    )
     check_signature(inference, spec)
-    return session_on(OnnxGraph(inference), opened, name, provider=provider, stream=stream)
+    loaded = OnnxGraph(inference) if kernels is None else KernelGraph(inference, spec, kernels)
+    return session_on(loaded, opened, name, provider=provider, stream=stream)
 
 
 def choose_graph(manifest: Manifest, name: str | None = None) -> tuple[str, GraphSpec]:

@@ -11,11 +11,24 @@ import onnxruntime
 import pytest
 
 from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.config import CosmosAdvancedConfig
+from cosmos_export.model.loading import random_checkpoint
 from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import demo_checkpoint
-from cosmos_runtime import CosmosRuntimeError, ProviderError, Sampling, generate, generate_batch, load
+from cosmos_runtime import (
+    KERNELS_NAME,
+    CosmosRuntimeError,
+    ProviderError,
+    Sampling,
+    generate,
+    generate_batch,
+    load,
+    new_decoder,
+)
+from cosmos_runtime.kernel_graph import KernelBinding
+from cosmos_runtime.kernel_spec import MOST_ROWS
 
 RECIPES = ("cuda-fp16", "cuda-bf16", "cuda-int8", "cuda-int4")
 
@@ -102,6 +115,102 @@ def test_no_room_fails_one_request_and_the_session_lives(exported) -> None:
     with pytest.raises(CosmosRuntimeError, match="no room for [0-9,]+ more bytes; ask for fewer tokens or rows"):
         generate_batch(session, [[1, 2, 3]] * 200_000, max_new_tokens=500).run()
     assert len(list(generate(session, [1, 2, 3], max_new_tokens=5))) == 5
+
+
+@needs_gpu
+def test_a_limit_on_memory_bounds_weights_and_caches(exported) -> None:
+    bundle = exported("cuda-fp16").path
+    weights = (bundle / "model.onnx.data").stat().st_size
+    with pytest.raises(CosmosRuntimeError, match=r"the weights: [0-9,]+ bytes are wanted.*gpu_mem_limit of 1,000,000"):
+        load(bundle, provider="cuda", gpu_mem_limit=1_000_000)
+    session = load(bundle, provider="cuda", gpu_mem_limit=weights + (16 << 20))
+    with pytest.raises(CosmosRuntimeError, match=r"a cache of 64 x 512 tokens: .*ask for fewer tokens or rows"):
+        generate_batch(session, [[1, 2, 3]] * 64, max_new_tokens=500).run()
+    assert len(list(generate(session, [1, 2, 3], max_new_tokens=5))) == 5
+
+
+@needs_gpu
+def test_no_room_for_a_prompt_fails_one_request_and_the_session_lives(exported) -> None:
+    """ONNX Runtime's own memory is what a limit leaves: too little for the activations of 16 prompts together."""
+    bundle = exported("cuda-fp16").path
+    room = (bundle / "model.onnx.data").stat().st_size + (24 << 20)
+    session = load(bundle, provider="cuda", gpu_mem_limit=room)
+    long = [[1] * 500] * 16
+    with pytest.raises(CosmosRuntimeError):
+        generate_batch(session, long, max_new_tokens=5, device_loop=True).run()
+    assert len(list(generate(session, [1, 2, 3], max_new_tokens=5))) == 5
+
+
+# A geometry that the decoding kernels take with every number of bits, longer than one part of their attention.
+WIDE = CosmosAdvancedConfig(
+    dim=256,
+    n_layers=2,
+    head_dim=64,
+    hidden_dim=512,
+    n_heads=4,
+    n_kv_heads=2,
+    vocab_size=512,
+    max_sequence_length=700,
+)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory):
+    checkpoint = random_checkpoint(WIDE, name="wide")
+    made: dict[str, ExportedBundle] = {}
+
+    def export(recipe: str) -> ExportedBundle:
+        if recipe not in made:
+            out = tmp_path_factory.mktemp("wide") / recipe
+            made[recipe] = export_bundle(checkpoint, out, ExportRecipe.load(recipe), effort=Effort.OFF)
+        return made[recipe]
+
+    export.checkpoint = checkpoint
+    return export
+
+
+@needs_gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_decoding_kernels_are_proven(recipe: str, wide) -> None:
+    assert (wide(recipe).path / KERNELS_NAME).is_file()
+    report = verify_bundle(wide(recipe).path, wide.checkpoint, provider="cuda")
+    assert report.passed, report.summary()
+
+
+@needs_gpu
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_kernels_and_onnxruntime_agree_up_to_the_last_position(recipe: str, wide) -> None:
+    """Logits of single tokens behind prompts of many lengths, from the first position to the model's last."""
+    ids = np.random.default_rng(3).integers(0, WIDE.vocab_size, WIDE.max_sequence_length)
+    session = load(wide(recipe).path, provider="cuda")
+    assert isinstance(session.graph.new_binding(), KernelBinding)
+    whole = session.logits(ids)[0]
+    for before in (0, 1, 127, 255, 256, 300, 511, 600, len(ids) - 3):
+        decoder = new_decoder(session, len(ids))
+        if before:
+            decoder.prefill(ids[:before])
+        for at in range(before, before + 3):
+            logits = decoder.decode_one_token(int(ids[at]))
+            assert np.abs(logits - whole[at]).max() <= NEAR_TIE[recipe] * np.ptp(whole[at]), at
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 2))
+def test_rows_do_not_disturb_each_other(rows: int, wide) -> None:
+    """Each row of a batch, of any number up to one more than the kernels take, near its own best tokens."""
+    session = load(wide("cuda-fp16").path, provider="cuda")
+    prompts = [list(range(3 + 40 * row % 290, 6 + 60 * row % 290 + 20)) or [1] for row in range(rows)]
+    for prompt, answer in zip(prompts, generate_batch(session, prompts, max_new_tokens=30).run(), strict=True):
+        logits = session.logits([*prompt, *answer])[0, len(prompt) - 1 : -1]
+        chosen = np.take_along_axis(logits, np.array(answer)[:, None], 1)[:, 0]
+        assert np.all(logits.max(1) - chosen <= NEAR_TIE["cuda-fp16"] * np.ptp(logits, 1))
+
+
+@needs_gpu
+def test_kernels_can_be_switched_off(wide, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COSMOS_DECODE_KERNELS", "0")
+    session = load(wide("cuda-fp16").path, provider="cuda")
+    assert not isinstance(session.graph.new_binding(), KernelBinding)
 
 
 @needs_gpu

@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from cosmos_export.onnx.passes.fuse_skip_norm import FuseSkipNorm
+from cosmos_export.onnx.passes.multiply_by_rows import MultiplyByRows
 from cosmos_export.onnx.passes.name_by_module import NameByModule
 from cosmos_export.onnx.passes.pack_projections import PackProjections
 from cosmos_export.onnx.passes.quantize_embedding import QuantizeEmbedding
@@ -19,9 +20,11 @@ from cosmos_export.onnx.passes.skip_unchosen import SkipUnchosen
 from cosmos_export.onnx.passes.store_transposed import StoreTransposed
 from cosmos_export.onnx.passes.write_memory_last import WriteMemoryLast
 from cosmos_export.recipe import ExportRecipe
+from cosmos_runtime import DEVICE_LOOP
 
 __all__ = [
     "FuseSkipNorm",
+    "MultiplyByRows",
     "NameByModule",
     "PackProjections",
     "QuantizeEmbedding",
@@ -47,4 +50,5 @@ def _passes(recipe: ExportRecipe) -> list[ir.passes.InPlacePass]:
     # A branch is a question of the host's, for which a GPU would have to stop; ONNX Runtime's own operators in float32
     # are for CPUs.
     branches = [SkipUnchosen()] if recipe.dialect == "ort" and recipe.activations == "float32" else []
-    return [*common, *fused, *branches, QuantizeProjections(recipe), QuantizeHeads(recipe)]
+    by_rows = [MultiplyByRows()] if DEVICE_LOOP in recipe.graphs else []
+    return [*common, *fused, *branches, QuantizeProjections(recipe), QuantizeHeads(recipe), *by_rows]

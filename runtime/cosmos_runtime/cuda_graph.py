@@ -1,0 +1,135 @@
+"""Kernels of one's own on a `CudaStream`: loading machine code, launching, and replaying many launches as one.
+
+https://docs.nvidia.com/cuda/cuda-driver-api/
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from cosmos_runtime.device_stream import CudaStream
+
+_MOST_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_EARLY_START = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+# CU_STREAM_CAPTURE_MODE_RELAXED: what is freed meanwhile, in this thread or another, is no part of the graph.
+_RELAXED = 2
+_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CUdevice_attribute
+_NON_BLOCKING = 1
+# From this compute capability on, a kernel may start before the last one is done.
+_EARLY_START_FROM = (9, 0)
+
+
+class Device(NamedTuple):
+    """What code is made for: compute capability and the number of multiprocessors."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+
+    @property
+    def architecture(self) -> str:
+        """As compilers call it, such as "sm_90"."""
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_ubyte * 64))
+
+
+class _Configuration(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+class Launch(NamedTuple):
+    """One kernel: its function in a module, blocks, threads of each, bytes of shared memory, and arguments (addresses,
+    which ctypes numbers of 64 bits are, and 32-bit integers). `early`: it waits by itself for the one before it."""
+
+    function: ctypes.c_void_p
+    blocks: tuple[int, int, int]
+    threads: int
+    shared: int
+    arguments: Sequence[ctypes.c_uint64 | ctypes.c_int]
+    early: bool
+
+
+class CudaModule:
+    """Loaded machine code. It is never unloaded: its graphs may be replayed as long as the process lives."""
+
+    def __init__(self, stream: "CudaStream", code: bytes) -> None:
+        self._driver, self._handle = stream.driver, ctypes.c_void_p()
+        self._driver.call("cuModuleLoadData", ctypes.byref(self._handle), ctypes.c_char_p(code))
+
+    def function(self, name: str, shared: int) -> ctypes.c_void_p:
+        """A kernel that may use so many bytes of shared memory."""
+        function = ctypes.c_void_p()
+        self._driver.call("cuModuleGetFunction", ctypes.byref(function), self._handle, name.encode())
+        if shared:
+            self._driver.call("cuFuncSetAttribute", function, _MOST_DYNAMIC_SHARED, shared)
+        return function
+
+
+class LaunchSequence:
+    """Kernels that run one after another: given one by one the first time, and replayed as one graph afterwards."""
+
+    def __init__(self, stream: "CudaStream", launches: Sequence[Launch]) -> None:
+        self._stream, self._driver, self._launches = stream, stream.driver, launches
+        self._early = device(stream).capability >= _EARLY_START_FROM
+        self._graph: ctypes.c_void_p | None = None
+        self._given = False
+
+    def enqueue(self) -> None:
+        """Have the device do all of it after what it has to do already. Raises: CosmosRuntimeError."""
+        if not self._given:
+            self._launch_all(ctypes.c_void_p(self._stream.handle))
+            self._given = True
+            return
+        if self._graph is None:
+            self._graph = self._captured()
+        self._driver.call("cuGraphLaunch", self._graph, ctypes.c_void_p(self._stream.handle))
+
+    def _captured(self) -> ctypes.c_void_p:
+        """On a stream that nobody else uses: whatever is given to one that is captured becomes part of the graph."""
+        aside, graph, executable = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._driver.call("cuStreamCreate", ctypes.byref(aside), _NON_BLOCKING)
+        try:
+            self._driver.call("cuStreamBeginCapture_v2", aside, _RELAXED)
+            self._launch_all(aside)
+            self._driver.call("cuStreamEndCapture", aside, ctypes.byref(graph))
+            self._driver.call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
+            self._driver.call("cuGraphDestroy", graph)
+        finally:
+            self._driver.release("cuStreamDestroy_v2", aside)
+        return executable
+
+    def _launch_all(self, stream: ctypes.c_void_p) -> None:
+        attribute = _Attribute(id=_EARLY_START)
+        attribute.value[0] = 1
+        for launch in self._launches:
+            values = (ctypes.c_void_p * len(launch.arguments))(
+                *(ctypes.cast(ctypes.pointer(argument), ctypes.c_void_p) for argument in launch.arguments)
+            )
+            early = int(launch.early and self._early)
+            shape = (*launch.blocks, launch.threads, 1, 1, launch.shared)
+            configuration = _Configuration(*shape, stream, ctypes.pointer(attribute), early)
+            self._driver.call("cuLaunchKernelEx", ctypes.byref(configuration), launch.function, values, None)
+
+    def __del__(self) -> None:
+        if self._graph is not None:
+            self._driver.release("cuGraphExecDestroy", self._graph)
+
+
+def device(stream: "CudaStream") -> Device:
+    """The GPU of a stream."""
+
+    def attribute(number: int) -> int:
+        value, first = ctypes.c_int(), ctypes.c_int()
+        stream.driver.call("cuDeviceGet", ctypes.byref(first), 0)
+        stream.driver.call("cuDeviceGetAttribute", ctypes.byref(value), number, first)
+        return value.value
+
+    return Device((attribute(_MAJOR), attribute(_MINOR)), attribute(_MULTIPROCESSORS))
