@@ -7,13 +7,15 @@ static cache as long as prompt and answer, and a step that ends with the choice 
 torch.compile(mode="reduce-overhead", fullgraph=True). Weights are random: speed does not depend on them, and how long
 engines agree on tokens is only reported (what proves the bundle is `cosmos-export verify --provider cuda`).
 
-    python -m benchmarks.cuda_decode --out benchmarks/results/cuda_decode.json [--models advanced,one-billion] [--quick]
+    python -m benchmarks.cuda_decode --out benchmarks/results/cuda_decode.json [--models advanced,one-billion]
+        [--settings 1x128,64x2048] [--bundles FOLDER]
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -36,8 +38,12 @@ from cosmos_export.parity.verify import Effort
 from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import Sampling, Session, generate_batch, load
+from cosmos_runtime.decode_kernels import SWITCH
+from cosmos_runtime.kernel_spec import MOST_ROWS
 
 ROUNDS, COPY_BYTES = 3, 4 << 30
+# This runtime's loop over ONNX Runtime's kernels, beside the one over its own.
+OTHER_KERNELS = "fp16 device loop, ONNX Runtime's kernels"
 SAMPLED = Sampling(temperature=0.8, top_k=50, top_p=0.9, seed=1)
 
 
@@ -51,6 +57,7 @@ class Setting:
     reference: bool = True
 
 
+PRECISIONS = ("fp16", "bf16", "int8", "int4")
 SETTINGS = (Setting(1, 128, 512), Setting(64, 128, 128), Setting(1, 2048, 128), Setting(8, 128, 128))
 MORE = (Setting(8, 2048, 128, reference=False), Setting(64, 2048, 128, reference=False))
 
@@ -110,7 +117,9 @@ def runs_of(
 ) -> Iterator[tuple[str, Run]]:
     """Every engine that takes part in a setting, by name."""
     for name, session in sessions.items():
-        yield f"{name} device loop", runtime_run(session, prompts, setting.new, device_loop=True)
+        if name in PRECISIONS or setting.batch <= MOST_ROWS:
+            label = f"{name} device loop" if name in PRECISIONS else name
+            yield label, runtime_run(session, prompts, setting.new, device_loop=True)
     fp16 = sessions["fp16"]
     if setting.batch == 1 and setting.prompt == 128:
         yield "fp16 device loop, sampled", runtime_run(fp16, prompts, setting.new, device_loop=True, sampling=SAMPLED)
@@ -153,21 +162,34 @@ def _same(a: list[int], b: list[int]) -> int:
 
 
 def bundles(checkpoint: Checkpoint, folder: Path, recipes: tuple[str, ...]) -> dict[str, Path]:
-    """The bundles of a model, one a recipe, by the recipe's precision."""
+    """The bundles of a model, one a recipe, by the recipe's precision; those that are there already are taken."""
     made = {}
     for recipe in recipes:
-        bundle = export_bundle(checkpoint, folder / recipe, ExportRecipe.load(recipe), effort=Effort.OFF)
-        made[recipe.removeprefix("cuda-")] = bundle.path
+        if not (folder / recipe).is_dir():
+            export_bundle(checkpoint, folder / recipe, ExportRecipe.load(recipe), effort=Effort.OFF)
+        made[recipe.removeprefix("cuda-")] = folder / recipe
     return made
 
 
-def bench_model(name: str, recipes: tuple[str, ...], settings: tuple[Setting, ...]) -> Iterator[dict[str, Any]]:
+def load_sessions(paths: dict[str, Path]) -> dict[str, Session]:
+    """A session a bundle, and one of the fp16 bundle that leaves single tokens to ONNX Runtime."""
+    sessions = {precision: load(path, provider="cuda") for precision, path in paths.items()}
+    os.environ[SWITCH] = "0"
+    try:
+        return sessions | {OTHER_KERNELS: load(paths["fp16"], provider="cuda")}
+    finally:
+        del os.environ[SWITCH]
+
+
+def bench_model(
+    name: str, recipes: tuple[str, ...], settings: tuple[Setting, ...], kept: Path | None
+) -> Iterator[dict[str, Any]]:
     """One result a setting."""
     checkpoint = preset_checkpoint(name)
     llama = load_llama(checkpoint, torch.float16, "cuda")
     with tempfile.TemporaryDirectory() as folder:
-        paths = bundles(checkpoint, Path(folder), recipes)
-        sessions = {precision: load(path, provider="cuda") for precision, path in paths.items()}
+        paths = bundles(checkpoint, (kept or Path(folder)) / name, recipes)
+        sessions = load_sessions(paths)
         for setting in settings:
             ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (setting.batch, setting.prompt))
             torch._dynamo.reset()
@@ -217,13 +239,17 @@ def table(results: list[dict[str, Any]]) -> str:
 @click.command()
 @click.option("--models", default="advanced,one-billion", show_default=True, help="Presets.")
 @click.option("--recipes", default="cuda-fp16,cuda-int4", show_default=True, help="Recipes; cuda-fp16 must be there.")
-@click.option("--quick", is_flag=True, help="Batch 1 and prompt 128 only.")
+@click.option("--settings", "wanted", help="Batches and prompts, such as 1x128,64x2048; all of them if left out.")
+@click.option("--bundles", "kept", type=click.Path(path_type=Path), help="Take bundles from here, or make them here.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/cuda_decode.json"))
-def main(models: str, recipes: str, quick: bool, out: Path) -> None:
+def main(models: str, recipes: str, wanted: str | None, kept: Path | None, out: Path) -> None:
     """Measure, print a table, write the results."""
     if not torch.cuda.is_available():
         raise click.UsageError("this benchmark needs an NVIDIA GPU that PyTorch can use")
-    settings = SETTINGS[:1] if quick else SETTINGS + MORE
+    named = {f"{setting.batch}x{setting.prompt}": setting for setting in SETTINGS + MORE}
+    if unknown := set((wanted or "").split(",")) - {*named, ""}:
+        raise click.UsageError(f"--settings: expected some of {', '.join(named)}, got {', '.join(sorted(unknown))}")
+    settings = tuple(named[name] for name in (wanted.split(",") if wanted else named))
     document: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "copy_bytes_per_second": copy_bandwidth(),
@@ -231,7 +257,7 @@ def main(models: str, recipes: str, quick: bool, out: Path) -> None:
         "results": [],
     }
     for model in models.split(","):
-        for result in bench_model(model, tuple(recipes.split(",")), settings):
+        for result in bench_model(model, tuple(recipes.split(",")), settings, kept):
             document["results"].append(result)
             out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")  # what there is so far
             click.echo(table([result]))
