@@ -33,9 +33,10 @@ demo: $(READY) ## Export the demo model, prove it, and print text with it
 test: $(READY) ## Run the tests
 	$(RUN)python -m pytest
 
-# Each is MODEL/RECIPE: every recipe on the trained model, the default one on the geometries of the other presets.
-# MODEL/RECIPE/heads has all capabilities.
-DEMO_RECIPES := fp32 cpu-fp32 cpu-fp16 cpu-int8 cpu-int4 cpu-int4-quick portable-fp32 cpu-fp32/heads cpu-int8/heads
+# Each is MODEL/RECIPE: every recipe for CPUs on the trained model, the default one on the geometries of the other
+# presets. MODEL/RECIPE/heads has all capabilities. A recipe's name begins with its format, unless that is ONNX.
+DEMO_RECIPES := fp32 cpu-fp32 cpu-fp16 cpu-int8 cpu-int4 cpu-int4-quick portable-fp32 cpu-fp32/heads cpu-int8/heads \
+  torchscript-fp32 torchscript-int8 torchscript-fp32/heads pt2-fp32
 PROVEN := $(addprefix demo/,$(DEMO_RECIPES)) beginner/cpu-fp32 beginner/fp32/heads advanced-reduced/cpu-fp32
 
 verify-parity: $(READY) ## Export and prove the demo, beginner and reduced advanced models; reports in build/parity
@@ -43,7 +44,8 @@ verify-parity: $(READY) ## Export and prove the demo, beginner and reduced advan
 	@for it in $(PROVEN); do model=$${it%%/*}; recipe=$${it#*/}; recipe=$${recipe%/heads}; \
 	  source=$$(test $$model = demo || echo --preset $$model); bundle=$(PARITY)/$$(echo $$it | tr / -); heads=; \
 	  case $$it in */heads) heads="--capabilities reasoning,memory,safety,evaluation";; esac; \
-	  $(RUN)cosmos-export onnx $$source --recipe $$recipe $$heads --verify off --overwrite --out $$bundle && \
+	  case $$recipe in torchscript-*) format=torchscript;; pt2-*) format=pt2;; *) format=onnx;; esac; \
+	  $(RUN)cosmos-export $$format $$source --recipe $$recipe $$heads --verify off --overwrite --out $$bundle && \
 	  $(RUN)cosmos-export verify $$bundle --json $$bundle.json || exit 1; done
 
 lint: $(READY) ## ruff (lint and format) and mypy
