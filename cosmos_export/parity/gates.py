@@ -70,6 +70,7 @@ LOGIT_GATES = {
 
 
 # Scores of capability heads: probabilities mostly, so that the range is 1, or the largest where they are not bounded.
+# A case has few values of them, so the eager error is this case's or what it usually is (`heads_verify.usual_noise`).
 SCORE_GATES = {
     Arithmetic.FLOAT32: LogitGate(
         eager_factor=4.0,
