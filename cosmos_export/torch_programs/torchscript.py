@@ -24,7 +24,7 @@ from cosmos_export.torch_programs.products import PackedLinear
 from cosmos_runtime import GraphSpec
 
 # PyTorch says it at every class that it scripts; what a user should make of it is said once (`EXPLAINED`).
-_DEPRECATED = ".*is deprecated"
+_DEPRECATED = ".*(is|are) deprecated"
 EXPLAINED = (
     "PyTorch calls TorchScript deprecated: it still loads and runs these files, and works on it no more. Its successor "
     "is torch.export: `cosmos-export pt2` makes such a program of the same model, under the same proof"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -158,6 +159,20 @@ def test_weights_beyond_float16_are_refused_even_unproven(narrow: Checkpoint, tm
     with pytest.raises(ExportError, match=r"w1\.weight has values up to 1e\+06, and float16 ends at 65504"):
         export(loud, tmp_path / "bundle", "torchscript-fp16", Effort.OFF)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", ["torchscript-fp32", "torchscript-int8", "pt2-fp32"])
+def test_pytorch_says_nothing_that_would_frighten(recipe: str, narrow: Checkpoint, tmp_path: Path) -> None:
+    """Its own deprecations are explained once, by a note; what it would say once a process, it says always here."""
+    told = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            load_session(export(narrow, tmp_path / "bundle", recipe, Effort.QUICK).path)
+    finally:
+        torch.set_warn_always(told)
+    assert [str(warning.message)[:200] for warning in heard] == []
 
 
 # Any size
