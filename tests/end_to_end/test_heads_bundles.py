@@ -13,9 +13,9 @@ from onnx.reference import ReferenceEvaluator
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.errors import CheckpointError, ConfigError, RecipeError
 from cosmos_export.model.loading import load_model
+from cosmos_export.model.tensors_read import tensors_read
 from cosmos_export.onnx.signature import parts_of, quantized_part, source_of
 from cosmos_export.parity.gates import Arithmetic, Verdict
-from cosmos_export.parity.tensors_read import tensors_read
 from cosmos_export.parity.verify import Effort
 from cosmos_export.pipeline import ExportedBundle
 from cosmos_runtime import CAPABILITIES, InputError, Session, generate, generate_batch, load, new_decoder, score
