@@ -16,15 +16,20 @@ from cosmos_runtime import GraphSpec, TensorSpec
 # Sizes to trace with: no two alike, so that none is taken for another, and none 1, which torch.export would take for a
 # constant.
 _TRACED = {BATCH: 2, SEQUENCE: 3, TOTAL_SEQUENCE: 5, CACHE_LENGTH: 7, NUM_LOGITS: 4, MEMORY_SLOTS: 6}
+# Sizes for what is compiled, whose products are timed and chosen for as many rows: few would choose badly for a prompt.
+COMPILED_SIZES = {**_TRACED, SEQUENCE: 64, TOTAL_SEQUENCE: 80, CACHE_LENGTH: 96}
 # Axes that no configuration limits.
 _UNLIMITED = (BATCH, NUM_LOGITS)
 # Axes that the model's positions limit.
 _OF_TOKENS = (SEQUENCE, TOTAL_SEQUENCE, CACHE_LENGTH)
 
 
-def traced_shape(tensor: TensorSpec, max_sequence_length: int) -> list[int]:
-    """The shape of an input that a graph is traced with; no longer than the model's positions."""
-    return [_traced_size(axis, max_sequence_length) for axis in tensor.shape]
+def traced_shape(tensor: TensorSpec, max_sequence_length: int, sizes: Mapping[str, int] | None = None) -> list[int]:
+    """The shape of an input that a graph is traced with; no longer than the model's positions.
+
+    `sizes` of the axes are any that differ, unless it matters for what is compiled (`COMPILED_SIZES`).
+    """
+    return [_traced_size(axis, max_sequence_length, sizes or _TRACED) for axis in tensor.shape]
 
 
 def dynamic_axes(spec: GraphSpec, config: CosmosAdvancedConfig) -> dict[str, Dim]:
@@ -38,10 +43,10 @@ def dynamic_shape(tensor: TensorSpec, axes: Mapping[str, Dim]) -> dict[int, Any]
     return {place: axes.get(str(axis), Dim.STATIC) for place, axis in enumerate(tensor.shape)}
 
 
-def _traced_size(axis: int | str, limit: int) -> int:
+def _traced_size(axis: int | str, limit: int, sizes: Mapping[str, int]) -> int:
     if isinstance(axis, int):
         return axis
-    return min(_TRACED[axis], limit) if axis in _OF_TOKENS else _TRACED[axis]
+    return min(sizes[axis], limit) if axis in _OF_TOKENS else sizes[axis]
 
 
 def _dim(axis: str, config: CosmosAdvancedConfig) -> Dim:

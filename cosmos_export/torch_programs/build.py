@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.model.backbone import CosmosBackbone
 from cosmos_export.model.loading import load_decoder, load_model
 from cosmos_export.model.tensors_read import tensors_read
-from cosmos_export.onnx.axes import traced_shape
+from cosmos_export.onnx.axes import COMPILED_SIZES, traced_shape
 from cosmos_export.onnx.signature import graph_spec
 from cosmos_export.onnx.weights import WeightReader
 from cosmos_export.recipe import FBGEMM, INDUCTOR, ONEDNN, ExportRecipe
@@ -48,7 +48,7 @@ def write_torch_program(
     with explained_once():
         model = _prepared(model, recipe)
     program = TorchProgram.around(model, graph, spec)
-    examples = example_arguments(spec, config)
+    examples = example_arguments(spec, config, COMPILED_SIZES if recipe.dialect == INDUCTOR else None)
     if recipe.format == TORCHSCRIPT:
         write_torchscript(program, examples, spec, folder / spec.file)
     else:
@@ -84,12 +84,14 @@ def load(
     return model
 
 
-def example_arguments(spec: GraphSpec, config: CosmosAdvancedConfig) -> list[Argument]:
-    """Arguments to trace with: of some sizes, every row as long as the longest."""
+def example_arguments(
+    spec: GraphSpec, config: CosmosAdvancedConfig, sizes: Mapping[str, int] | None = None
+) -> list[Argument]:
+    """Arguments to trace with: of some sizes, or of these, every row as long as the longest."""
     values = {}
     for tensor in spec.inputs:
         make = torch.ones if tensor.role == Role.ATTENTION_MASK else torch.zeros
-        shape = traced_shape(tensor, config.max_sequence_length)
+        shape = traced_shape(tensor, config.max_sequence_length, sizes)
         values[tensor.name] = make(shape, dtype=getattr(torch, tensor.dtype))
     return arguments(values, spec)
 

@@ -3,7 +3,9 @@
     program = torch._inductor.aoti_load_package("my-bundle/model.compiled.pt2")
 
 Matrix products are chosen by timing them here, oneDNN's and MKL's against generated C++, over matrices in the generated
-code's own order. The package holds these beside the plain ones: it is twice as large as the model.
+code's own order. The package holds these beside the plain ones: it is up to twice as large as the model. What suits a
+prompt and what suits a single token differ, and one choice serves both: on the machine of `benchmarks/LOG.md` the
+uncompiled program, with products by oneDNN as `load_session` runs it, was the faster one.
 """
 
 from __future__ import annotations
