@@ -63,16 +63,17 @@ def verify_bundle(
     effort: Effort = Effort.FULL,
     provider: str = "cpu",
     text: str | None = None,
+    trusted: bool = False,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Compares a bundle with the model of `checkpoint`; the report's `passed` is the verdict.
 
     A quantised bundle is also measured against the unrounded model, on `text` or on text that it writes itself; with
-    `text` any bundle is.
+    `text` any bundle is. A PyTorch program is loaded when its files have the manifest's hashes, or are `trusted`.
     Raises the runtime's errors when the bundle cannot be run at all, CheckpointError when the checkpoint does not load.
     """
     folder, progress = Path(folder), progress or Silent()
-    session = load_session(folder, provider=provider)
+    session = load_session(folder, provider=provider, trusted=trusted)
     manifest = session.manifest
     recipe = ExportRecipe.from_manifest(manifest.recipe)
     progress.stage("Comparing stored tensors")

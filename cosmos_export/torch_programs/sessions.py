@@ -1,8 +1,10 @@
 """One way to open what this project makes: ONNX, TorchScript and exported programs, and the eager model itself.
 
-session = load_session("my-bundle")                  # any bundle
-session = eager_session(Checkpoint.open("my-model"))  # the model, before any export
-for token in cosmos_runtime.generate(session, [1, 2, 3], max_new_tokens=100): ...
+    session = load_session("my-bundle")  # a bundle of any format
+    session = eager_session(Checkpoint.open("my-model"))  # the model, before any export
+    for token in cosmos_runtime.generate(session, [1, 2, 3], max_new_tokens=100): ...
+
+What runs in PyTorch runs on the CPU here.
 """
 
 from __future__ import annotations

@@ -117,6 +117,15 @@ def test_an_altered_bundle_is_refused(graph_format: str, bundles: dict[str, Path
     assert not (tmp_path / "altered.parity.json").exists()
 
 
+def test_an_altered_bundle_can_be_declared_trusted(bundles: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "altered"
+    shutil.copytree(bundles["torchscript"], folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace(" ", "\t", 1))  # the same size, and the same meaning
+    assert export("verify", folder, "--quick").exit_code == 1
+    assert export("verify", folder, "--quick", "--trusted").exit_code == 0
+
+
 @formats
 def test_another_device_is_refused(graph_format: str, bundles: dict[str, Path]) -> None:
     result = export("verify", bundles[graph_format], "--provider", "cuda", "--json", "-")
