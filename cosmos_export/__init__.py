@@ -1,9 +1,14 @@
-"""cosmos-export: Cosmos Advanced checkpoints become verified ONNX bundles. See `cosmos_export.pipeline` for the way.
+"""cosmos-export: Cosmos Advanced checkpoints become verified bundles: ONNX, TorchScript, or programs of torch.export.
 
-    from cosmos_export import CosmosAdvancedConfig, CosmosAdvancedModel
+See `cosmos_export.pipeline` for the way. A model, and a bundle of any format:
+
+    from cosmos_export import CosmosAdvancedModel, load_session
 
     model = CosmosAdvancedModel.from_pretrained("path/to/checkpoint")
     logits, diagnostics = model(input_ids, return_diagnostics=True)
+
+    session = load_session("path/to/bundle")
+    logits = session.logits([[5, 7, 9]])
 
 The names are imported on first use, so `import cosmos_export` itself costs next to nothing.
 """

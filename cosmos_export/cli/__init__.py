@@ -17,13 +17,15 @@ from cosmos_export.cli.verify import verify_command
 def main() -> None:
     """Export Cosmos Advanced checkpoints to bundles that are proven equal to the model.
 
-    A bundle is a folder that `cosmos-run` and ONNX Runtime run without PyTorch.
+    `onnx` makes bundles that `cosmos-run` and ONNX Runtime run without PyTorch; `torchscript` and `pt2` make programs
+    that load with PyTorch alone. `verify` and `generate` take bundles of every format.
 
     \b
     Examples:
       cosmos-export onnx                                        # the demo model
       cosmos-export onnx --checkpoint my-model --out my-bundle
       cosmos-export torchscript --checkpoint my-model            # for torch.jit.load, from Python or C++
+      cosmos-export pt2 --checkpoint my-model                    # for torch.export.load
       cosmos-export verify my-bundle
       cosmos-run generate my-bundle --prompt "Once upon a time"
     """

@@ -1,7 +1,7 @@
 """A guide as a program: its code blocks in order, and what it says they print.
 
-- ```` ```bash ````: commands, run by bash with -e. ```` ```bash install ````: commands that need the network, which are
-  only checked for what they name.
+- ```` ```bash ````: commands, run by bash with -e. ```` ```bash install ````: commands that need the network or a
+  compiler, which are only checked for what they name.
 - ```` ```python ````: statements; all of a guide share their names.
 - ```` ```text ```` right after one of these: lines of what it prints, in their order. `...` stands for anything in a
   line, and a line of its own for any lines. A last line that names an error says that the block fails.

@@ -1,4 +1,5 @@
-"""The usage guides: every command and snippet runs and prints what is shown, and no option is left out."""
+"""The usage guides and the page on torch: every command and snippet runs and prints what is shown, and the guides leave
+no option out."""
 
 from __future__ import annotations
 
@@ -26,8 +27,14 @@ from .guide_run import ROOT, GuideRun
 
 ENGLISH, ARABIC = ROOT / "docs" / "USAGE_GUIDE.md", ROOT / "docs" / "ar" / "USAGE_GUIDE.md"
 GUIDES = [pytest.param(guide, id=str(guide.relative_to(ROOT))) for guide in (ENGLISH, ARABIC)]
+TORCH, README = ROOT / "docs" / "TORCH.md", ROOT / "README.md"
 BLOCKS = blocks(ENGLISH)
-RUNNABLE = [pytest.param(i, id=f"line-{b.line}") for i, b in enumerate(BLOCKS) if b.language != "bash install"]
+RUNNABLE = [
+    pytest.param(guide, i, id=f"{guide.stem}-line-{b.line}")
+    for guide in (ENGLISH, TORCH)
+    for i, b in enumerate(blocks(guide))
+    if b.language != "bash install"
+]
 COMMANDS = [
     pytest.param(f"{program} {name}", command, id=f"{program}-{name}")
     for program, group in (("cosmos-export", export_commands), ("cosmos-run", run_commands))
@@ -36,15 +43,16 @@ COMMANDS = [
 
 
 @pytest.fixture(scope="module")
-def guide_run(tmp_path_factory: pytest.TempPathFactory) -> GuideRun:
-    return GuideRun(tmp_path_factory.mktemp("guide"), BLOCKS)
+def guide_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, GuideRun]:
+    return {guide: GuideRun(tmp_path_factory.mktemp(guide.stem), blocks(guide)) for guide in (ENGLISH, TORCH)}
 
 
-@pytest.mark.parametrize("index", RUNNABLE)
-def test_a_block_runs_and_prints_what_is_shown(guide_run: GuideRun, index: int) -> None:
-    block = BLOCKS[index]
-    failed, printed = guide_run.result(index)
-    where = f"{ENGLISH.name}, line {block.line}:\n{block.code}\nprinted:\n{printed}"
+@pytest.mark.parametrize(("guide", "index"), RUNNABLE)
+def test_a_block_runs_and_prints_what_is_shown(guide_runs: dict[Path, GuideRun], guide: Path, index: int) -> None:
+    run = guide_runs[guide]
+    block = run.blocks[index]
+    failed, printed = run.result(index)
+    where = f"{guide.name}, line {block.line}:\n{block.code}\nprinted:\n{printed}"
     assert failed == block.fails, where
     assert block.first_missing_from(printed) is None, f"not printed: {block.first_missing_from(printed)!r}\n{where}"
 
@@ -93,8 +101,26 @@ def _check_activation(arguments: list[str]) -> None:
     assert arguments == [".venv/bin/activate"]
 
 
+def _check_cmake(arguments: list[str]) -> None:
+    if arguments[0] == "-S":
+        assert (ROOT / arguments[1] / "CMakeLists.txt").is_file()
+        assert arguments[2:4] == ["-B", CPP_BUILD]
+    else:
+        assert arguments == ["--build", CPP_BUILD]
+
+
+def _check_cpp_example(arguments: list[str]) -> None:
+    """It is built and run by `test_cpp_example`."""
+    option, count, bundle, *ids = arguments
+    assert f'"{option}"' in (ROOT / "examples" / "cpp" / "main.cpp").read_text()
+    assert any(f"cosmos-export torchscript --head lm --out {bundle} " in block.code for block in BLOCKS)
+    assert [int(number) for number in (count, *ids)]
+
+
+CPP_BUILD = "build/cpp"
 INSTALL_CHECKS: dict[str, Callable[[list[str]], None]] = {
-    "pip": _check_pip, "make": _check_make, "python3": _check_python, ".": _check_activation,
+    "pip": _check_pip, "make": _check_make, "python3": _check_python, ".": _check_activation, "cmake": _check_cmake,
+    f"{CPP_BUILD}/cosmos_decode": _check_cpp_example,
 }  # fmt: skip
 
 
@@ -131,7 +157,7 @@ def test_every_setting_recipe_and_preset_is_named(guide: Path) -> None:
     assert not [name for name in [*settings, *recipe_names(), *preset_names()] if f"`{name}`" not in text]
 
 
-@pytest.mark.parametrize("guide", [*GUIDES, pytest.param(ROOT / "README.md", id="README.md")])
+@pytest.mark.parametrize("guide", [*GUIDES, pytest.param(TORCH, id="TORCH"), pytest.param(README, id="README")])
 def test_links_lead_somewhere(guide: Path) -> None:
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", prose(guide))
     assert not [target for target in targets if not (guide.parent / target).exists()]
