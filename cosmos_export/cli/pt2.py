@@ -15,8 +15,8 @@ from cosmos_runtime import PT2
 def pt2_command(**options: Any) -> None:
     """Export a model as a program of torch.export and prove it equal to the model.
 
-    The bundle's model.pt2 loads with torch.export.load, without this package; its axes (batch, sequence,
-    total_sequence, cache_length) are named and may have any size within the model's maximum.
+    The bundle's model.pt2 loads with torch.export.load, without this package: prefill and decode for any prompt, batch
+    and cache within the model's maximum. The manifest names its arguments and their axes.
 
     \b
     Examples:

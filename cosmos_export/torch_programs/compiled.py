@@ -47,6 +47,6 @@ def load_compiled(folder: Path) -> Program:
     """The compiled program of a bundle."""
     import torch._inductor
 
-    with quiet():
-        package: Program = torch._inductor.aoti_load_package(str(folder / COMPILED))
+    # PyTorch warns here, and nowhere else, where the package was made for another processor.
+    package: Program = torch._inductor.aoti_load_package(str(folder / COMPILED))
     return package

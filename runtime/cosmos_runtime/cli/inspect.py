@@ -72,7 +72,8 @@ def _capabilities(heads: Mapping[str, Any]) -> str:
 
 
 def _graph_lines(name: str, graph: "GraphSpec") -> Iterator[str]:
-    yield f"graph       {name}: {graph.file}, opset {graph.opset}"
+    made_of = "a PyTorch program" if graph.opset is None else f"opset {graph.opset}"
+    yield f"graph       {name}: {graph.file}, {made_of}"
     for direction, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
         alike: dict[tuple[object, ...], list[TensorSpec]] = {}
         for tensor in tensors:
