@@ -272,7 +272,7 @@ def test_help_names_the_recipes_of_its_format_alone(graph_format: str) -> None:
     ("graph_format", "words"),
     [
         (TORCHSCRIPT, ("torch.jit.load", "torch::jit::load in C++", "deprecated", "cosmos-export pt2")),
-        (PT2, ("torch.export.load", "without this package", "total_sequence, cache_length")),
+        (PT2, ("torch.export.load", "without this package", "any prompt, batch")),
         (ONNX, ("cpu-fp32",)),
     ],
 )
