@@ -26,7 +26,7 @@ GGUF_CLASSES = {"f32": "fp32", "q8_0": "int8", "q4_0": "int4", "q4_0-pure": "int
 BUILDER_CLASSES = ("fp32", "int4")
 # The recipes of each class that PyTorch runs, by engine; a recipe's name begins with its engine's.
 TORCH_RECIPES = {
-    "fp32": {"torchscript": ("torchscript-fp32",), "pt2": ("pt2-fp32", "pt2-compiled-fp32")},
+    "fp32": {"torchscript": ("torchscript-fp32",), "pt2": ("pt2-fp32",)},
 }
 
 
