@@ -36,7 +36,7 @@ test: $(READY) ## Run the tests
 # Each is MODEL/RECIPE: every recipe for CPUs on the trained model, the default one on the geometries of the other
 # presets. MODEL/RECIPE/heads has all capabilities. A recipe's name begins with its format, unless that is ONNX.
 DEMO_RECIPES := fp32 cpu-fp32 cpu-fp16 cpu-int8 cpu-int4 cpu-int4-quick portable-fp32 cpu-fp32/heads cpu-int8/heads \
-  cpu-int4-quick/heads   torchscript-fp32 torchscript-int8 torchscript-fp32/heads pt2-fp32
+  cpu-int4/heads cpu-int4-quick/heads torchscript-fp32 torchscript-int8 torchscript-fp32/heads pt2-fp32
 PROVEN := $(addprefix demo/,$(DEMO_RECIPES)) beginner/cpu-fp32 beginner/fp32/heads advanced-reduced/cpu-fp32
 
 verify-parity: $(READY) ## Export and prove the demo, beginner and reduced advanced models; reports in build/parity
