@@ -6,10 +6,7 @@ trace takes the same seconds and the same memory whatever the model's size.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -23,7 +20,11 @@ from cosmos_export.model.loading import model_skeleton, skeleton
 from cosmos_export.onnx.axes import dynamic_axes, dynamic_shape, traced_shape
 from cosmos_export.onnx.head_programs import program_of
 from cosmos_export.onnx.signature import DEFAULT_INPUTS
+from cosmos_export.quiet import quiet
 from cosmos_runtime import GraphSpec
+
+# What they say: absent torchvision, initializers without values.
+_TALKERS = ("torch.onnx", "onnx_ir", "onnxscript")
 
 _WITHIN_PROGRAM = "model."  # what a program's wrapping puts before the checkpoint's names
 
@@ -36,7 +37,7 @@ def trace(model: CosmosBackbone, graph: str, spec: GraphSpec, *, fused_attention
     Raises ExportError when the model cannot be traced with its axes dynamic.
     """
     program = _export(program_of(model, graph, spec, "fused" if fused_attention else "standard"), spec, model.config)
-    with _quiet():
+    with quiet(*_TALKERS):
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
@@ -50,7 +51,7 @@ def trace(model: CosmosBackbone, graph: str, spec: GraphSpec, *, fused_attention
         raise ExportError("torch.onnx.export returned no program")
     traced = onnx_program.model
     _forget_values(traced)
-    with _quiet():
+    with quiet(*_TALKERS):
         onnxscript.optimizer.optimize_ir(traced)
     _name_initializers(traced)
     _name_axes(traced, spec)
@@ -88,7 +89,7 @@ def _export(program: nn.Module, spec: GraphSpec, config: CosmosAdvancedConfig) -
     dims = dynamic_axes(spec, config)
     shapes = tuple(dynamic_shape(tensor, dims) for tensor in spec.inputs)
     try:
-        with _quiet():
+        with quiet(*_TALKERS):
             return torch.export.export(program, (examples,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:  # torch raises many types here, none of them public
         raise ExportError(f"torch.export could not trace with dynamic {', '.join(dims)}: {error}") from error
@@ -132,19 +133,3 @@ def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | No
         return dim
     # Expressions such as "2*s70" say nothing to a reader and are not needed: ORT infers them from the inputs.
     return names.get(str(dim))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Holds back what torch and onnxscript say about themselves: absent torchvision, initializers without values."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

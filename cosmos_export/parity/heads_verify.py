@@ -39,7 +39,7 @@ def compare_calls(
 ) -> list[CaseResult]:
     """Every sequence on every session, sorted by session; the reference is computed once a sequence."""
     results: dict[Arithmetic, list[CaseResult]] = {arithmetic: [] for arithmetic in sessions}
-    usual = {arithmetic: usual_noise(sequences, reference, arithmetic) for arithmetic in sessions}
+    usual = usual_noise(sequences, reference, tuple(sessions))
     for done, sequence in enumerate(sequences):
         progress.update(done, len(sequences))
         exact = reference.exact(sequence)
@@ -52,21 +52,24 @@ def compare_calls(
 
 
 def usual_noise(
-    sequences: Sequence[CallSequence], reference: HeadsReference, arithmetic: Arithmetic
-) -> dict[str, float]:
-    """The eager model's largest error in each kind of number, as a share of its span, over the short sequences.
+    sequences: Sequence[CallSequence], reference: HeadsReference, arithmetics: Sequence[Arithmetic]
+) -> dict[Arithmetic, dict[str, float]]:
+    """For each arithmetic, the eager model's largest error in each kind of number over the short sequences, as a share of
+    its span.
 
     A sequence has few values of a score, and of the logits that heads made, and the eager model may happen to be nearly
     exact in all of them: its error there is no measure of what rounding does to this model.
     """
-    usual: dict[str, float] = {}
+    usual: dict[Arithmetic, dict[str, float]] = {arithmetic: {} for arithmetic in arithmetics}
     for sequence in sequences:
         if sequence.case.input_ids.size > _SHORT:
             continue
-        expected, eager = reference.exact(sequence), reference.eager(sequence, arithmetic)
-        alone = Comparison(arithmetic, [call.found for call in eager], expected, eager)
-        for name, share in alone.noise_shares().items():
-            usual[name] = max(usual.get(name, 0.0), share)
+        exact = reference.exact(sequence)
+        for arithmetic, shares in usual.items():
+            eager = reference.eager(sequence, arithmetic)
+            alone = Comparison(arithmetic, [call.found for call in eager], exact, eager)
+            for name, share in alone.noise_shares().items():
+                shares[name] = max(shares.get(name, 0.0), share)
     return usual
 
 

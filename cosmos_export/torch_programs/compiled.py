@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from cosmos_export.errors import ExportError
+from cosmos_export.quiet import quiet
 from cosmos_export.torch_programs.binding import Program
-from cosmos_export.torch_programs.pt2 import quiet
+from cosmos_export.torch_programs.pt2 import TALKER
 
 COMPILED = "model.compiled.pt2"  # beside model.pt2, in the bundle's folder
 
@@ -31,7 +32,7 @@ def compile_program(program: torch.export.ExportedProgram, folder: Path) -> None
     import torch._inductor
 
     try:
-        with quiet():
+        with quiet(TALKER):
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(folder / COMPILED), inductor_configs=_OPTIONS
             )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,11 @@ from torch import Tensor
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ExportError
 from cosmos_export.onnx.axes import dynamic_axes, dynamic_shape
+from cosmos_export.quiet import quiet
 from cosmos_export.torch_programs.calling import Argument, TorchProgram, arguments
 from cosmos_runtime import GraphSpec, Role
 
+TALKER = "torch.export"  # the logger of what is said while programs are made, saved and loaded
 _MODEL = "program.model."  # what wrapping puts before the checkpoint's names
 
 
@@ -31,7 +30,7 @@ def export_program(
     try:
         # With a cache: one as long as what is read of it would count as another program than a longer one. Without: a
         # sequence of one token would.
-        with quiet(), torch.no_grad(), _sizes.patch(backed_size_oblivious=_has_cache(spec)):  # type: ignore[attr-defined]
+        with quiet(TALKER), torch.no_grad(), _sizes.patch(backed_size_oblivious=_has_cache(spec)):  # type: ignore[attr-defined]
             return torch.export.export(program.eval(), tuple(examples), dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as error:  # torch raises many types here, none of them public
         raise ExportError(f"torch.export could not trace with dynamic {', '.join(axes)}: {error}") from error
@@ -39,13 +38,13 @@ def export_program(
 
 def write_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Writes an exported program, to be loaded with `torch.export.load`."""
-    with quiet():
+    with quiet(TALKER):
         torch.export.save(program, path)
 
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
     """A file of `write_program`."""
-    with quiet():
+    with quiet(TALKER):
         return torch.export.load(path)
 
 
@@ -90,17 +89,3 @@ def stored_tensors(program: torch.export.ExportedProgram) -> Iterator[tuple[str,
 
 def _has_cache(spec: GraphSpec) -> bool:
     return any(tensor.role == Role.PAST_KEY for tensor in spec.inputs)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Holds back what torch says about itself while it exports, saves and loads."""
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
