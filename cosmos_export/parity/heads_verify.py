@@ -54,8 +54,8 @@ def compare_calls(
 def usual_noise(
     sequences: Sequence[CallSequence], reference: HeadsReference, arithmetics: Sequence[Arithmetic]
 ) -> dict[Arithmetic, dict[str, float]]:
-    """For each arithmetic, the eager model's largest error in each kind of number over the short sequences, as a share of
-    its span.
+    """For each arithmetic, the eager model's largest error in each kind of number over the short sequences, as a share
+    of its span.
 
     A sequence has few values of a score, and of the logits that heads made, and the eager model may happen to be nearly
     exact in all of them: its error there is no measure of what rounding does to this model.
