@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cosmos_runtime.files import describe_file
     from cosmos_runtime.generation import Generation, TextGeneration, generate, generate_text
     from cosmos_runtime.heads import Diagnosis, MemoryBank
+    from cosmos_runtime.json_fields import strict_json
     from cosmos_runtime.kernel_spec import KERNELS_NAME, KernelSpec, LayerWeights, StoredMatrix, StoredTensor
     from cosmos_runtime.manifest import (
         DECODER,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         Role,
         TensorSpec,
     )
+    from cosmos_runtime.quoting import quoted
     from cosmos_runtime.sampling import Sampling, sample
     from cosmos_runtime.scores import (
         BLOCKING_LEVELS,
@@ -123,10 +125,12 @@ __all__ = [
     "new_batch_decoder",
     "new_decoder",
     "new_generate_command",
+    "quoted",
     "sample",
     "score",
     "score_specs",
     "session_on",
+    "strict_json",
 ]
 
 _PUBLIC_NAMES = {
@@ -142,6 +146,7 @@ _PUBLIC_NAMES = {
     "files": ("describe_file",),
     "generation": ("Generation", "TextGeneration", "generate", "generate_text"),
     "heads": ("Diagnosis", "MemoryBank"),
+    "json_fields": ("strict_json",),
     "kernel_spec": ("KERNELS_NAME", "KernelSpec", "LayerWeights", "StoredMatrix", "StoredTensor"),
     "manifest": (
         "DECODER",
@@ -159,6 +164,7 @@ _PUBLIC_NAMES = {
         "Role",
         "TensorSpec",
     ),
+    "quoting": ("quoted",),
     "sampling": ("Sampling", "sample"),
     "scores": (
         "BLOCKING_LEVELS",

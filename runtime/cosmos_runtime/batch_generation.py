@@ -11,8 +11,10 @@ from cosmos_runtime.continuation import Continuation
 from cosmos_runtime.device_loop import DeviceLoop, DeviceLoops
 from cosmos_runtime.errors import CosmosRuntimeError, InputError
 from cosmos_runtime.generation import loops_for, new_continuation
+from cosmos_runtime.quoting import quoted
 from cosmos_runtime.sampling import Sampling
 from cosmos_runtime.session import Session
+from cosmos_runtime.validation import prompt_rows
 
 
 def generate_batch(
@@ -33,9 +35,10 @@ def generate_batch(
 
     Raises: InputError for a bad prompt (naming its row), length or stop id, or as `generate` does for `device_loop`.
     """
-    choices = _one_a_row(sampling, len(prompts))
+    given = prompt_rows(prompts)
+    choices = _one_a_row(sampling, len(given))
     rows = []
-    for row, (prompt, choice) in enumerate(zip(prompts, choices, strict=True)):
+    for row, (prompt, choice) in enumerate(zip(given, choices, strict=True)):
         try:
             continuation = new_continuation(
                 session,
@@ -160,6 +163,8 @@ class DeviceBatchGeneration(BatchGeneration):
 def _one_a_row(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> Sequence[Sampling | None]:
     if sampling is None or isinstance(sampling, Sampling):
         return [sampling] * rows
+    if not isinstance(sampling, Sequence):
+        raise InputError(f"sampling: expected one, or one for each of {rows} prompts, got {quoted(sampling)}")
     if len(sampling) != rows:
         raise InputError(f"sampling: expected one, or one for each of {rows} prompts, got {len(sampling)}")
     return sampling

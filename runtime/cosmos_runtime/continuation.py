@@ -11,7 +11,7 @@ from cosmos_runtime.arrays import Floats, TokenIds
 from cosmos_runtime.errors import InputError
 from cosmos_runtime.heads import Diagnosis
 from cosmos_runtime.sampling import Sampling, sample
-from cosmos_runtime.validation import token_count
+from cosmos_runtime.validation import token_count, token_id_set
 
 FinishReason: TypeAlias = Literal["length", "context", "stop", "blocked"]
 
@@ -40,7 +40,7 @@ class Limits:
         shortest = token_count("min_new_tokens", min_new_tokens, minimum=0)
         if shortest > longest:
             raise InputError(f"min_new_tokens: expected at most max_new_tokens, {longest}, got {shortest}")
-        return cls(longest, shortest, max_sequence_length, _stop_ids(stop_ids, vocab_size))
+        return cls(longest, shortest, max_sequence_length, token_id_set("stop_ids", stop_ids, vocab_size))
 
 
 class Continuation:
@@ -130,10 +130,3 @@ class Continuation:
         if self.length >= self._limits.max_sequence_length:
             return "context"
         return None
-
-
-def _stop_ids(stop_ids: Sequence[int], vocab_size: int) -> frozenset[int]:
-    for token in stop_ids:
-        if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
-            raise InputError(f"stop_ids: expected token ids from 0 to {vocab_size - 1}, got {token!r}")
-    return frozenset(int(token) for token in stop_ids)

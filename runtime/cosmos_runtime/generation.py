@@ -155,7 +155,7 @@ def new_continuation(
         vocab_size=manifest.vocab_size,
     )
     prompt = token_row(prompt_ids, vocab_size=manifest.vocab_size, max_sequence_length=manifest.max_sequence_length)
-    return Continuation(prompt, limits, sampling or Sampling.greedy(), diagnostics=diagnostics)
+    return Continuation(prompt, limits, Sampling.or_greedy(sampling), diagnostics=diagnostics)
 
 
 class Generation(Iterator[int]):

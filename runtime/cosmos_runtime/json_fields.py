@@ -1,38 +1,71 @@
-"""Typed access to a JSON document, with errors that name the key that is wrong."""
+"""JSON read strictly, and typed access to a document of it, with errors that name the key that is wrong."""
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from cosmos_runtime.errors import BundleError
+from cosmos_runtime.quoting import quoted
 
-_LONGEST_QUOTE = 80
+# What this project writes has fewer than 10 levels. Python's own functions (copies, comparisons, writing it again) call
+# themselves for each, and run out of stack some hundreds further down.
+DEEPEST_NESTING = 64
+# Beyond 64 bits an integer is no size, count or id, and numpy takes none.
+LARGEST_INTEGER = 2**63 - 1
+
+# How a hash is written, as a pattern and in words.
+SHA256, SHA256_WORDS = "[0-9a-f]{64}", "64 lower-case hexadecimal digits"
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text that every reader and writer can handle.
+
+    Stricter than `json.loads`: refused are a key given twice and the non-JSON constants NaN and Infinity, which would
+    let two readers of one file see two different things; numbers beyond float64; halves of characters (lone
+    surrogates), which cannot be printed; and nesting deeper than `DEEPEST_NESTING`.
+
+    Raises: ValueError saying what is wrong.
+    """
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite
+        )
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST_NESTING} levels") from None
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST_NESTING:
+            raise ValueError(f"nested deeper than {DEEPEST_NESTING} levels")
+        level = [inner for outer in level for inner in _contents(outer)]
+    return value
 
 
 def parse_object(text: str, document: str) -> "Fields":
-    """Parse `text` as one JSON object.
-
-    Stricter than `json.loads`: a key given twice and the non-JSON constants NaN and Infinity are refused,
-    because each would let two readers of one file see two different things.
+    """Parse `text` as one JSON object, as `strict_json` does.
 
     Raises: BundleError naming `document`.
     """
     try:
-        values = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        values = strict_json(text)
+    except ValueError as error:
         raise BundleError(f"{document}: not valid JSON: {error}; export the bundle again") from error
     if not isinstance(values, dict):
-        raise BundleError(f"{document}: expected a JSON object, got {_quote(values)}; export the bundle again")
+        raise BundleError(f"{document}: expected a JSON object, got {quoted(values)}; export the bundle again")
     return Fields(values, document)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {quoted(twice)} is given twice")
     return values
 
 
@@ -40,9 +73,22 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _quote(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "..."
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{quoted(digits)[1:-1]} is beyond the range of float64")
+    return number
+
+
+def _contents(value: Any) -> Iterator[Any]:
+    """What a list or an object holds, keys included. Raises: ValueError for a string with half a character."""
+    if isinstance(value, dict):
+        yield from value
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+    elif isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
+        raise ValueError(f"{quoted(value)} has half of a surrogate pair")
 
 
 @dataclass(frozen=True)
@@ -56,7 +102,7 @@ class Fields:
     def fail(self, key: str, expected: str, given: object) -> NoReturn:
         """Raise the BundleError for `key`."""
         raise BundleError(
-            f"{self.document}: {self._path_of(key)}: expected {expected}, got {_quote(given)}; export the bundle again"
+            f"{self.document}: {self._path_of(key)}: expected {expected}, got {quoted(given)}; export the bundle again"
         )
 
     def value(self, key: str) -> Any:
@@ -72,11 +118,13 @@ class Fields:
             self.fail(key, expected, value)
         return value
 
-    def integer(self, key: str, *, minimum: int = 0) -> int:
-        """An integer, at least `minimum`."""
+    def integer(self, key: str, *, minimum: int = 0, maximum: int = LARGEST_INTEGER) -> int:
+        """An integer from `minimum` to `maximum`."""
         value = self.value(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             self.fail(key, f"an integer, at least {minimum}", value)
+        if value > maximum:
+            self.fail(key, f"an integer, at most {maximum}", value)
         return value
 
     def boolean(self, key: str) -> bool:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from cosmos_runtime.arrays import Floats
 from cosmos_runtime.errors import CosmosRuntimeError, InputError
+from cosmos_runtime.quoting import quoted
 
 # Sorting a whole vocabulary takes milliseconds; a nucleus is seldom larger than the first of these.
 _NUCLEUS_SIZES = (256, 4096)
@@ -26,7 +27,8 @@ class Sampling:
     """How to choose the next token.
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token; `repetition_penalty` 1 is none; `seed` None
-    draws differently every time. Raises: InputError for a value out of range.
+    draws differently every time. Raises: InputError for a value out of range; beyond a million, or below a millionth,
+    a penalty takes logits out of the range of float32.
     """
 
     temperature: float = 1.0
@@ -40,13 +42,21 @@ class Sampling:
         _check("top_k", _is_count(self.top_k), "an integer, 0 (off) or more", self.top_k)
         _check("top_p", _is_real(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1 (off)", self.top_p)
         penalty = self.repetition_penalty
-        _check("repetition_penalty", _is_real(penalty) and penalty > 0, "above 0 (1 is off)", penalty)
-        _check("seed", self.seed is None or _is_count(self.seed), "None or an integer, 0 or more", self.seed)
+        _check("repetition_penalty", _is_real(penalty) and 1e-6 <= penalty <= 1e6, "1e-6 to 1e6 (1 is off)", penalty)
+        _check("seed", self.seed is None or _is_seed(self.seed), "None or an integer from 0 to 2**128 - 1", self.seed)
 
     @classmethod
     def greedy(cls) -> "Sampling":
         """Always the most likely token; the lowest id among equals."""
         return cls(temperature=0.0)
+
+    @classmethod
+    def or_greedy(cls, given: "Sampling | None") -> "Sampling":
+        """What was given, greedy for None. Raises: InputError for what is no `Sampling`."""
+        if given is None:
+            return cls.greedy()
+        _check("sampling", isinstance(given, cls), "a Sampling, such as Sampling(temperature=0.8), or None", given)
+        return given
 
     @property
     def is_greedy(self) -> bool:
@@ -175,7 +185,7 @@ def _check_finite(logits: Floats) -> None:
 
 def _check(name: str, valid: bool, expected: str, given: object) -> None:
     if not valid:
-        raise InputError(f"{name}: expected {expected}, got {given!r}")
+        raise InputError(f"{name}: expected {expected}, got {quoted(given)}")
 
 
 def _is_real(value: SupportsFloat) -> bool:
@@ -194,3 +204,7 @@ def _is_count(value: SupportsIndex) -> bool:
         return operator.index(value) >= 0
     except TypeError:
         return False
+
+
+def _is_seed(value: SupportsIndex) -> bool:
+    return _is_count(value) and operator.index(value) < 2**128  # as long as those that numpy draws itself

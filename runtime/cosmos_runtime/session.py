@@ -20,6 +20,7 @@ from cosmos_runtime.heads import Diagnosis, MemoryBank, has_heads
 from cosmos_runtime.kernel_graph import KernelGraph
 from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, ONNX, SAMPLER, GraphSpec, Manifest, Role
 from cosmos_runtime.providers import create_inference_session, open_stream
+from cosmos_runtime.quoting import quoted
 from cosmos_runtime.signature import check_decoder, check_full_sequence, check_signature
 from cosmos_runtime.threads import thread_count
 from cosmos_runtime.tokenizer import Tokenizer
@@ -122,14 +123,14 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer, read on first use. Raises: TokenizerError where the bundle has none."""
+        """The bundle's tokenizer, read on first use. Raises: TokenizerError where the bundle has none that fits it."""
         name = self.manifest.tokenizer
         if name is None:
             raise TokenizerError(
                 f"{self.bundle.path}: this bundle has no tokenizer; give token ids to Session.logits or generate, "
                 f"or export it again with a tokenizer"
             )
-        return Tokenizer.from_file(self.bundle.file(name))
+        return Tokenizer.from_file(self.bundle.file(name), vocab_size=self.manifest.vocab_size)
 
     @cached_property
     def device_loops(self) -> "DeviceLoops | None":
@@ -167,6 +168,7 @@ class Session:
 
         Raises: InputError where the bundle's model has no capability heads.
         """
+        calls = None if calls is None else token_count("calls", calls, minimum=1)
         bank = self.graph.new_memory(token_count("batch", batch, minimum=1), calls)
         if bank is None:
             raise InputError(
@@ -185,6 +187,8 @@ class Session:
         return ids
 
     def _fitting(self, memory: MemoryBank, batch: int) -> MemoryBank:
+        if not isinstance(memory, MemoryBank):
+            raise InputError(f"memory: expected one that `new_memory` made, or None, got {quoted(memory)}")
         if not has_heads(self.manifest) or memory.batch != batch:
             expected = f"one of {batch} rows" if has_heads(self.manifest) else "none: this is a plain decoder"
             raise InputError(f"memory: expected {expected}, got one of {memory.batch} rows")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from cosmos_runtime.errors import InputError
+from cosmos_runtime.quoting import quoted
 
 
 class StopFilter:
@@ -14,8 +15,9 @@ class StopFilter:
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-            raise InputError(f"stop: expected a list of non-empty strings, got {stop!r}")
+        listed = isinstance(stop, Sequence) and not isinstance(stop, str)
+        if not listed or not all(isinstance(text, str) and text for text in stop):
+            raise InputError(f"stop: expected a list of non-empty strings, got {quoted(stop)}")
         self._stop = tuple(stop)
         self._held = ""
         self.matched = False

@@ -1,17 +1,19 @@
-"""Checks of token ids on the host, before a graph sees them.
+"""Checks of what a caller gives, on the host, before a graph sees it.
 
 Providers differ in what they do with a bad id (an error, a wrapped index, silence), so none of them is asked.
 """
 
 import operator
-from typing import SupportsIndex
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
 from cosmos_runtime.arrays import TokenIds
-from cosmos_runtime.errors import InputError
+from cosmos_runtime.errors import InputError, first_line
 from cosmos_runtime.manifest import TensorSpec
+from cosmos_runtime.quoting import quoted
 
 
 def token_batch(input_ids: npt.ArrayLike, *, vocab_size: int, max_sequence_length: int) -> TokenIds:
@@ -43,8 +45,28 @@ def token_count(name: str, value: SupportsIndex, minimum: int) -> int:
         count = minimum - 1
     if count < minimum or isinstance(value, bool):
         expected = "a positive integer" if minimum else "an integer, 0 or more"
-        raise InputError(f"{name}: expected {expected}, got {value!r}")
+        raise InputError(f"{name}: expected {expected}, got {quoted(value)}")
     return count
+
+
+def token_id_set(name: str, ids: Iterable[SupportsIndex], vocab_size: int) -> frozenset[int]:
+    """Check token ids that are given as a set, such as those that end an answer. Raises: InputError."""
+    expected = f"token ids from 0 to {vocab_size - 1}"
+    found = []
+    for token in _listed(name, ids, f"a list of {expected}"):
+        if isinstance(token, bool) or not hasattr(token, "__index__") or not 0 <= token < vocab_size:
+            raise InputError(f"{name}: expected {expected}, got {quoted(token)}")
+        found.append(int(token))
+    return frozenset(found)
+
+
+def prompt_rows(prompts: Iterable[npt.ArrayLike]) -> list[npt.ArrayLike]:
+    """Check that there are rows at all; each is checked by `token_row`. Raises: InputError."""
+    if isinstance(prompts, str | bytes):
+        raise InputError(
+            f"prompts: expected a list of rows of token ids, got {quoted(prompts)}; encode each text first"
+        )
+    return _listed("prompts", prompts, "a list of rows of token ids")
 
 
 def check_fixed_axes(ids: TokenIds, spec: TensorSpec) -> None:
@@ -57,15 +79,23 @@ def check_fixed_axes(ids: TokenIds, spec: TensorSpec) -> None:
             )
 
 
+def _listed(name: str, values: Iterable[Any], expected: str) -> list[Any]:
+    try:
+        return list(values)
+    except TypeError:
+        raise InputError(f"{name}: expected {expected}, got {quoted(values)}") from None
+
+
 def _integers(input_ids: npt.ArrayLike) -> npt.NDArray[np.integer]:
     try:
         ids = np.asarray(input_ids)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InputError(f"input_ids: expected rows of equal length of integers: {error}") from error
+    except Exception as error:  # numpy's own, or whatever an object raises that is asked for its array
+        raise InputError(f"input_ids: expected rows of equal length of integers: {first_line(error)}") from error
     if ids.size == 0:
         raise InputError(f"input_ids: expected at least one token, got shape {ids.shape}")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise InputError(f"input_ids: expected integers, got dtype {ids.dtype}; give token ids such as a tokenizer's")
+    if ids.dtype.kind not in "iu":  # a duration, which numpy counts among the integers, is none
+        what = f"{quoted(input_ids)}, no array of numbers" if ids.dtype == object else f"dtype {ids.dtype}"
+        raise InputError(f"input_ids: expected integers, got {what}; give token ids such as a tokenizer's")
     return ids
 
 

@@ -152,7 +152,6 @@ def test_wrong_value_is_named(document: dict[str, Any], path: str, value: Any, n
         "a\\b",
         "x\x00",
         "x\n",
-        "\ud800",
     ],
 )
 def test_names_that_leave_the_folder_are_refused(document: dict[str, Any], name: str) -> None:
