@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cosmos_export.checkpoint_checks import check_rotary_tables
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import CheckpointError
 from cosmos_export.model.head_layout import check_head_layout, tile_to_interleave
@@ -59,11 +60,13 @@ class Checkpoint:
             raise CheckpointError(f"no checkpoint folder at {folder}: expected a folder with {CONFIG} and weights")
         config = CosmosAdvancedConfig.from_file(folder / CONFIG).validate()
         tokenizer = folder / TOKENIZER
+        stored = _with_one_embedding(stored_tensors(folder), folder)
+        check_rotary_tables({name: tensor.shape for name, tensor in stored.items()}, config, str(folder))
         return cls(
             config=config,
-            stored=_with_one_embedding(stored_tensors(folder), folder),
+            stored=stored,
             origin={"kind": "checkpoint", "location": str(folder.resolve()), "head_layout": head_layout},
-            tokenizer=tokenizer if tokenizer.is_file() else None,
+            tokenizer=tokenizer if tokenizer.exists() or tokenizer.is_symlink() else None,
             head_layout=head_layout,
         )
 
@@ -156,8 +159,7 @@ def _with_one_embedding(stored: dict[str, StoredTensor], folder: Path) -> dict[s
     if TIED_OUTPUT not in stored:
         return stored
     if EMBEDDING in stored:
-        embedding, output = stored[EMBEDDING].read(), stored[TIED_OUTPUT].read()
-        if not _same_view(embedding, output) and not torch.equal(embedding, output):
+        if not _equal(stored[EMBEDDING], stored[TIED_OUTPUT]):
             raise CheckpointError(
                 f"{folder}: {TIED_OUTPUT} differs from {EMBEDDING}, but this model's output projection is its "
                 f"embedding. An untied model cannot be represented"
@@ -165,6 +167,8 @@ def _with_one_embedding(stored: dict[str, StoredTensor], folder: Path) -> dict[s
     return {EMBEDDING: stored[TIED_OUTPUT], **{n: t for n, t in stored.items() if n != TIED_OUTPUT}}
 
 
-def _same_view(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same bytes read the same way, which needs no comparison."""
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+def _equal(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors hold the same values; of the same bytes, none is read."""
+    if a.place is not None and a.place == b.place:
+        return True
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a.read(), b.read())

@@ -15,10 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cosmos_export.threads import map_in_threads
+
 # Scales that are tried, as shares of the one that reaches the largest value: clipping a little costs less than rounding
 # everything else more coarsely. The least squared error decides (arXiv:1810.05723, section 4).
 _CLIPPING = {4: (1.0, 0.97, 0.94, 0.91, 0.88, 0.85), 8: (1.0,)}
 
+
+# Of a matrix that is quantised: half a megabyte in float32, as much as several copies of it leave room for in a cache.
+_VALUES_AT_ONCE = 1 << 17
 
 # Values of the operator's accuracy_level: what it computes with.
 INT8_ACTIVATIONS, FLOAT32_ACTIVATIONS = 4, 1
@@ -45,7 +50,17 @@ class QuantizedMatrix:
 
 
 def quantize(matrix: Tensor, form: Quantization) -> QuantizedMatrix:
-    """Quantises a float32 matrix (N, C); columns beyond C that fill up the last block are zero."""
+    """Quantises a floating-point matrix (N, C), which is computed with in float32; columns beyond C that fill up the
+    last block are zero.
+
+    Rows know nothing of each other, so they are taken a few at a time, on as many threads as torch has: what is
+    computed in between stays in a core's cache (on one core a tenth of the time), and needs no memory to speak of.
+    """
+    rows = max(1, _VALUES_AT_ONCE // max(1, matrix.shape[1]))
+    return stack_rows(list(map_in_threads(lambda part: _quantized_rows(part, form), matrix.detach().split(rows))))
+
+
+def _quantized_rows(matrix: Tensor, form: Quantization) -> QuantizedMatrix:
     grouped = _grouped(matrix, form.block_size)  # (N, n, block_size)
     scales, zeros = _scales(grouped, form)  # (N, n, 1) each
     levels = _levels(grouped, scales, zeros, form.bits)
@@ -142,7 +157,7 @@ def _nonzero(scale: Tensor) -> Tensor:
 
 
 def _levels(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    return (grouped / scale + zero).nan_to_num().round().clamp(0, 2**bits - 1)
+    return (grouped / scale).add_(zero).nan_to_num_().round_().clamp_(0, 2**bits - 1)
 
 
 def _pack(levels: Tensor, bits: int) -> Tensor:
