@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import errno
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,11 +16,29 @@ from typing import TYPE_CHECKING, Any
 from cosmos_export.checkpoint import CONFIG, TOKENIZER, Checkpoint
 from cosmos_export.config import GEOMETRY, CosmosAdvancedConfig
 from cosmos_export.errors import TargetError
+from cosmos_export.folders import (
+    PARITY_SCRATCH,
+    abandoned_folders,
+    claimed_folder,
+    clear_abandoned,
+    exchange,
+    sync,
+    sync_entry,
+)
 from cosmos_export.model.capabilities import diagnostic_settings, entries_read
 from cosmos_export.model.loading import parameter_count
 from cosmos_export.onnx.signature import weights_file
 from cosmos_export.recipe import ExportRecipe
-from cosmos_runtime import MANIFEST_NAME, GraphSpec, Manifest, __version__, describe_file
+from cosmos_runtime import (
+    MANIFEST_NAME,
+    ONNX,
+    GraphSpec,
+    Manifest,
+    __version__,
+    check_graphs,
+    describe_file,
+    graph_operators,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,26 +54,38 @@ _RECORDED_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "
 _EXTERNAL_FROM_BYTES = 1024
 
 
+# What a disk says that has no room left, for this user or in one file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# A bundle that makes room for another, in a folder of `claimed_folder`.
+_REPLACED = "replaced"
+
+
 @contextlib.contextmanager
 def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `target` to build a bundle in; it becomes `target` when the block ends without an exception.
 
-    With an exception it is removed and `target` is as it was. Raises TargetError when `target` exists (a bundle may be
-    replaced with `overwrite`, anything else never) or cannot be made.
+    With an exception it is removed and `target` is as it was; what a killed export of `target` left behind is removed
+    first. Raises TargetError when `target` exists (a bundle may be replaced with `overwrite`, anything else never),
+    cannot be made, or the disk is full.
     """
+    _clear_up_after_the_killed(target)
     _check_target(target, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise TargetError(f"{target} cannot be written: {error.strerror} ({error.filename})") from None
-    try:
-        yield staging
-        _sync(staging)
-        staging.chmod(0o755)  # mkdtemp makes it private
-        _put_in_place(staging, target, overwrite)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staging = stack.enter_context(claimed_folder(target.parent, _prefix(target)))
+        except OSError as error:
+            raise TargetError(f"{target} cannot be written: {error.strerror} ({error.filename})") from None
+        try:
+            yield staging
+            staging.chmod(0o755)  # it was made private
+            sync(staging)
+            _put_in_place(staging, target, overwrite)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise _disk_full(target, error) from error
 
 
 def write_graph(folder: Path, graph: str, file: str, model: ir.Model, *, external_from: int | None = None) -> None:
@@ -90,6 +119,7 @@ def seal(
     """
     files = {path.name: path for path in sorted(folder.iterdir()) if path.name != MANIFEST_NAME}
     manifest = manifest_of(name, checkpoint, recipe, graphs, files, causal, capabilities)
+    check_graphs(folder, manifest)  # what this runtime would refuse is not worth shipping
     _write_manifest(folder, manifest)
     return manifest
 
@@ -104,6 +134,7 @@ def manifest_of(
     capabilities: Sequence[str] | None = None,
 ) -> Manifest:
     """What a manifest says of these graphs of a checkpoint, with no parity result; `files` by their names in it."""
+    graph_files = [path for file, path in files.items() if file.endswith(".onnx")]
     return Manifest(
         name=name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -119,6 +150,7 @@ def manifest_of(
         parity=None,
         capabilities=_heads(checkpoint.config, capabilities),
         graph_format=recipe.format,
+        operators=graph_operators(graph_files) if recipe.format == ONNX else None,
     )
 
 
@@ -130,7 +162,7 @@ def record_parity(folder: Path, manifest: Manifest, parity: Mapping[str, Any] | 
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    (folder / MANIFEST_NAME).write_bytes(manifest.to_json().encode())  # its digest is of these bytes
 
 
 def _model_facts(checkpoint: Checkpoint, causal: bool, capabilities: Sequence[str] | None) -> dict[str, Any]:
@@ -172,27 +204,46 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
+def _clear_up_after_the_killed(target: Path) -> None:
+    """Removes the unfinished folders of exports that were killed. One may have been so between the two renames of
+    `_put_in_place`: then the old bundle comes back."""
+    for folder in abandoned_folders(target.parent, _prefix(target)):
+        old = folder / _REPLACED
+        if (old / MANIFEST_NAME).is_file() and not target.exists() and not target.is_symlink():
+            old.rename(target)
+        shutil.rmtree(folder, ignore_errors=True)
+    clear_abandoned(target.parent, PARITY_SCRATCH)
 
 
 def _put_in_place(staging: Path, target: Path, overwrite: bool) -> None:
-    """Renames `staging` to `target`. A bundle that is replaced moves aside first, and back if the rename fails."""
+    """Renames `staging` to `target`. A bundle that was there swaps places with it, and is removed as what is staged is;
+    who has its files open, keeps them."""
     _check_target(target, overwrite)  # someone else may have been faster
     if not target.exists():
         staging.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)) / "old"
-    target.rename(aside)
-    try:
-        staging.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+    elif not exchange(staging, target):
+        _replace_in_two_steps(staging, target)
+    sync_entry(target.parent)
+
+
+def _replace_in_two_steps(staging: Path, target: Path) -> None:
+    """The old bundle moves aside first, and back if the rename fails."""
+    with claimed_folder(target.parent, _prefix(target)) as folder:
+        aside = folder / _REPLACED
+        target.rename(aside)
+        try:
+            staging.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+
+
+def _disk_full(target: Path, error: OSError) -> TargetError:
+    return TargetError(
+        f"{target} cannot be written: {error.strerror}; free some room there, or give another --out. Nothing was left "
+        f"behind"
+    )

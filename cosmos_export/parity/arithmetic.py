@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import onnx
 
+from cosmos_export.folders import PARITY_SCRATCH, claimed_folder, clear_abandoned
 from cosmos_export.onnx.quantize import FLOAT32_ACTIVATIONS, INT8_ACTIVATIONS
 from cosmos_export.parity.gates import Arithmetic
 from cosmos_export.recipe import FBGEMM, ExportRecipe
@@ -37,8 +37,10 @@ def arithmetic_of(recipe: ExportRecipe) -> Arithmetic:
 def float32_activations(folder: Path) -> Iterator[Path]:
     """A copy of the bundle in `folder` that computes with float32 activations; gone when the block ends."""
     bundle = Bundle.open(folder)
-    with tempfile.TemporaryDirectory(prefix=".cosmos-parity-", dir=folder.resolve().parent) as scratch:
-        copy = Path(scratch, "bundle")
+    beside = folder.resolve().parent
+    clear_abandoned(beside, PARITY_SCRATCH)
+    with claimed_folder(beside, PARITY_SCRATCH) as scratch:
+        copy = scratch / "bundle"
         copy.mkdir()
         for name in bundle.manifest.files:
             _link_or_copy(folder / name, copy / name)
@@ -59,16 +61,16 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def _rewrite(graph: Path) -> None:
     model = onnx.load(graph, load_external_data=False)
-    _compute_in_float32(model.graph)
+    compute_in_float32(model.graph)
     graph.unlink()  # it may be a link to the bundle's own
     graph.write_bytes(model.SerializeToString())
 
 
-def _compute_in_float32(graph: onnx.GraphProto) -> None:
+def compute_in_float32(graph: onnx.GraphProto) -> None:
     """Quantised products of a graph and of its branches."""
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = FLOAT32_ACTIVATIONS
             if attribute.type == onnx.AttributeProto.GRAPH:
-                _compute_in_float32(attribute.g)
+                compute_in_float32(attribute.g)

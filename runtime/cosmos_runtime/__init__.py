@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cosmos_runtime.batch_generation import BatchGeneration, generate_batch
     from cosmos_runtime.binding import Binding, LoadedGraph, Memory
     from cosmos_runtime.bundle import Bundle
+    from cosmos_runtime.checking import CheckedBundle, Finding, check_bundle
     from cosmos_runtime.cli.generate import new_generate_command
     from cosmos_runtime.continuation import Continuation
     from cosmos_runtime.decoding import Decoder, RewindingDecoder, new_decoder
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from cosmos_runtime.errors import BundleError, CosmosRuntimeError, InputError, ProviderError, TokenizerError
     from cosmos_runtime.files import describe_file
     from cosmos_runtime.generation import Generation, TextGeneration, generate, generate_text
+    from cosmos_runtime.graph_check import check_graphs, graph_operators
     from cosmos_runtime.heads import Diagnosis, MemoryBank
     from cosmos_runtime.json_fields import strict_json
     from cosmos_runtime.kernel_spec import KERNELS_NAME, KernelSpec, LayerWeights, StoredMatrix, StoredTensor
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     )
     from cosmos_runtime.scoring import Score, score
     from cosmos_runtime.session import Output, Session, choose_graph, load, session_on
+    from cosmos_runtime.signatures import sign_bundle
     from cosmos_runtime.tokenizer import TextStream, Tokenizer
 
     __version__: str
@@ -85,11 +88,13 @@ __all__ = [
     "Binding",
     "Bundle",
     "BundleError",
+    "CheckedBundle",
     "Continuation",
     "CosmosRuntimeError",
     "Decoder",
     "Diagnosis",
     "FileEntry",
+    "Finding",
     "Generation",
     "GraphSpec",
     "InputError",
@@ -115,11 +120,14 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "__version__",
+    "check_bundle",
+    "check_graphs",
     "choose_graph",
     "describe_file",
     "generate",
     "generate_batch",
     "generate_text",
+    "graph_operators",
     "load",
     "nested_diagnostics",
     "new_batch_decoder",
@@ -130,6 +138,7 @@ __all__ = [
     "score",
     "score_specs",
     "session_on",
+    "sign_bundle",
     "strict_json",
 ]
 
@@ -138,6 +147,7 @@ _PUBLIC_NAMES = {
     "batch_decoding": ("BatchDecoder", "new_batch_decoder"),
     "binding": ("Binding", "LoadedGraph", "Memory"),
     "bundle": ("Bundle",),
+    "checking": ("CheckedBundle", "Finding", "check_bundle"),
     "cli.generate": ("new_generate_command",),
     "continuation": ("Continuation",),
     "decoding": ("Decoder", "RewindingDecoder", "new_decoder"),
@@ -145,6 +155,7 @@ _PUBLIC_NAMES = {
     "errors": ("BundleError", "CosmosRuntimeError", "InputError", "ProviderError", "TokenizerError"),
     "files": ("describe_file",),
     "generation": ("Generation", "TextGeneration", "generate", "generate_text"),
+    "graph_check": ("check_graphs", "graph_operators"),
     "heads": ("Diagnosis", "MemoryBank"),
     "json_fields": ("strict_json",),
     "kernel_spec": ("KERNELS_NAME", "KernelSpec", "LayerWeights", "StoredMatrix", "StoredTensor"),
@@ -179,6 +190,7 @@ _PUBLIC_NAMES = {
     ),
     "scoring": ("Score", "score"),
     "session": ("Output", "Session", "choose_graph", "load", "session_on"),
+    "signatures": ("sign_bundle",),
     "tokenizer": ("TextStream", "Tokenizer"),
 }
 _HOME = {name: module for module, names in _PUBLIC_NAMES.items() for name in names}

@@ -1,9 +1,13 @@
-"""Sizes and hashes of files, read in pieces so that a file larger than memory is no trouble."""
+"""Sizes and hashes of files, read in pieces so that a file larger than memory is no trouble; and files held open."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import os
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from cosmos_runtime.errors import BundleError
 from cosmos_runtime.manifest import FileEntry
 
 _PIECE_BYTES = 1 << 20
@@ -23,3 +27,46 @@ def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
 def describe_file(path: Path) -> FileEntry:
     """The manifest entry (size, SHA-256) of a file as it is now."""
     return FileEntry(size=path.stat().st_size, sha256=sha256_of(path))
+
+
+# Where an open file can be opened again by its number, whatever has become of its name.
+_OPEN_FILES = Path("/dev/fd")
+
+
+class HeldFiles:
+    """The files of a folder as they are now, for whoever reads them later: small ones are held open.
+
+    A folder may be replaced by another of the same name at any time, and a session must not take its weights from the
+    one and its tokenizer from the other.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._identity = _identity(folder)
+        self._open: dict[str, int] = {}
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Keep files from vanishing, until this object does. Raises: BundleError where the folder has been replaced."""
+        if _OPEN_FILES.is_dir():
+            for name in dict.fromkeys(names):
+                self._open[name] = descriptor = os.open(self._folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                weakref.finalize(self, os.close, descriptor)
+        self._check_folder()
+
+    def path(self, name: str) -> Path:
+        """Where the file can be opened. Raises: BundleError where it went with its folder."""
+        if name in self._open and self._identity != _identity(self._folder):
+            return _OPEN_FILES / str(self._open[name])
+        self._check_folder()
+        return self._folder / name
+
+    def _check_folder(self) -> None:
+        if self._identity != _identity(self._folder):
+            raise BundleError(f"{self._folder}: was replaced or removed since it was opened; open the bundle again")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_dev, status.st_ino
+    return None

@@ -12,6 +12,15 @@ from typing import Any
 
 from cosmos_runtime.errors import BundleError
 from cosmos_runtime.json_fields import Fields, parse_object
+from cosmos_runtime.manifest_digest import (
+    DIGEST,
+    NO_DIGEST,
+    OPERATORS,
+    SHA256,
+    SHA256_WORDS,
+    check_digest_field,
+    with_digest,
+)
 from cosmos_runtime.scores import CAPABILITIES
 
 MANIFEST_NAME = "manifest.json"
@@ -146,6 +155,8 @@ class Manifest:
     `capabilities` is None for a plain decoder. A model with capability heads says which (`names`), the `settings` that
     its reports follow from (`cosmos_runtime.scores`), and of its `memory` how many entries it keeps (`size`) and has
     room for at least (`least`), or null.
+    `operators` names those that the ONNX graphs use, by domain: the runtime loads no graph that has others. It is None
+    for PyTorch programs, and in bundles of before it was recorded.
     """
 
     name: str
@@ -162,6 +173,7 @@ class Manifest:
     parity: Mapping[str, Any] | None
     capabilities: Mapping[str, Any] | None = None
     graph_format: str = ONNX
+    operators: Mapping[str, tuple[str, ...]] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -187,6 +199,7 @@ class Manifest:
         """Parse and check a manifest. Raises: BundleError naming the first key that is wrong."""
         fields = parse_object(text, MANIFEST_NAME)
         _check_format(fields)
+        check_digest_field(fields)
         graph_format = _graph_format(fields)
         manifest = cls(
             name=fields.text("name"),
@@ -203,19 +216,24 @@ class Manifest:
             parity=_parity(fields.optional_object("parity")),
             capabilities=_capabilities(fields),
             graph_format=graph_format,
+            operators=_operators(fields),
         )
         _check_files_listed(manifest)
         return manifest
 
     def to_json(self) -> str:
-        """The manifest as JSON text in a stable key order. Raises: BundleError for what `from_json` would refuse."""
-        document = {"format": FORMAT, "format_version": GRAPH_FORMATS[self.graph_format], **asdict(self)}
+        """The manifest as JSON text in a stable key order, with its digest.
+
+        Raises: BundleError for what `from_json` would refuse.
+        """
+        version = {"format": FORMAT, "format_version": GRAPH_FORMATS[self.graph_format]}
         try:
+            document = {**version, **asdict(self), DIGEST: NO_DIGEST}
             text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise BundleError(f"{MANIFEST_NAME}: cannot be written as JSON: {error}") from error
         Manifest.from_json(text)
-        return text
+        return with_digest(text)
 
 
 def _check_format(fields: Fields) -> None:
@@ -332,8 +350,7 @@ def _files(fields: Fields) -> dict[str, FileEntry]:
 
 
 def _file_entry(fields: Fields) -> FileEntry:
-    sha256 = fields.text("sha256", pattern="[0-9a-f]{64}", expected="64 lower-case hexadecimal digits")
-    return FileEntry(size=fields.integer("size"), sha256=sha256)
+    return FileEntry(size=fields.integer("size"), sha256=fields.text("sha256", pattern=SHA256, expected=SHA256_WORDS))
 
 
 def _parity(fields: Fields | None) -> dict[str, Any] | None:
@@ -355,6 +372,17 @@ def _capabilities(fields: Fields) -> dict[str, Any] | None:
         memory.integer("least")
         memory.integer("size", minimum=memory.integer("least"))
     return heads.as_dict()
+
+
+def _operators(fields: Fields) -> dict[str, tuple[str, ...]] | None:
+    if fields.values.get(OPERATORS) is None:
+        return None
+    by_domain = fields.object(OPERATORS)
+    for domain in by_domain.values:
+        names = by_domain.value(domain)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            by_domain.fail(domain, "a list of operators' names", names)
+    return {domain: tuple(names) for domain, names in by_domain.values.items()}
 
 
 def _check_files_listed(manifest: Manifest) -> None:

@@ -3,6 +3,7 @@
 import click
 
 from cosmos_runtime.cli.bench import bench_command
+from cosmos_runtime.cli.check import check_command
 from cosmos_runtime.cli.generate import generate_command
 from cosmos_runtime.cli.group import RuntimeGroup
 from cosmos_runtime.cli.inspect import inspect_command
@@ -18,12 +19,13 @@ def main() -> None:
 
     \b
     Examples:
-      cosmos-run inspect bundles/demo --check
+      cosmos-run check bundles/demo
+      cosmos-run inspect bundles/demo
       cosmos-run generate bundles/demo --prompt "Once upon a time"
       cosmos-run score bundles/demo --text "Once upon a time there was a cat."
       cosmos-run bench bundles/demo
     """
 
 
-for command in (bench_command, generate_command, inspect_command, score_command):
+for command in (bench_command, check_command, generate_command, inspect_command, score_command):
     main.add_command(command)
