@@ -158,12 +158,11 @@ def _with_one_embedding(stored: dict[str, StoredTensor], folder: Path) -> dict[s
     """One entry for the tied embedding, whichever of its two names the file holds."""
     if TIED_OUTPUT not in stored:
         return stored
-    if EMBEDDING in stored:
-        if not _equal(stored[EMBEDDING], stored[TIED_OUTPUT]):
-            raise CheckpointError(
-                f"{folder}: {TIED_OUTPUT} differs from {EMBEDDING}, but this model's output projection is its "
-                f"embedding. An untied model cannot be represented"
-            )
+    if EMBEDDING in stored and not _equal(stored[EMBEDDING], stored[TIED_OUTPUT]):
+        raise CheckpointError(
+            f"{folder}: {TIED_OUTPUT} differs from {EMBEDDING}, but this model's output projection is its "
+            f"embedding. An untied model cannot be represented"
+        )
     return {EMBEDDING: stored[TIED_OUTPUT], **{n: t for n, t in stored.items() if n != TIED_OUTPUT}}
 
 

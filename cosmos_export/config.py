@@ -10,13 +10,16 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from cosmos_export.config_checks import GEOMETRY as GEOMETRY
+from cosmos_export.config_checks import problems_of
 from cosmos_export.errors import ConfigError
-from cosmos_runtime import EVALUATION_CHECKS, SAFETY_CHECKS, SAFETY_LEVELS
+from cosmos_export.small_files import read_small_text
+from cosmos_runtime import quoted, strict_json
 
 # Names that a published config.json holds and no forward pass reads. The constructor takes them, so that
 # `CosmosAdvancedConfig(**json.load(f))` works, while a misspelt field is still an error.
@@ -25,12 +28,13 @@ CARRIED_NAMES = frozenset(
     | {"planning", "creativity", "search", "communication", "persona", "performance"}
     | {"integration", "analysis", "language", "education", "monitoring"}
 )
-# The sizes that make a model's shape.
-GEOMETRY = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size", "max_sequence_length")
 RENAMED = {"max_seq_length": "max_sequence_length"}
 # How alike two names are (`difflib`, 1 for equal) where one is taken for the other misspelt. No two in a group of a
 # published config.json are that much alike.
 _MISSPELT = 0.85
+# Published files have fewer than 100 settings in a group and 10 kB in all; what is far beyond is something else.
+_MOST_SETTINGS = 1000
+_LARGEST_FILE = 1 << 20
 
 
 class _RenamedSettingError(ConfigError, AttributeError):
@@ -50,7 +54,7 @@ class _Section:
     @classmethod
     def from_dict(cls, group: str, values: Any) -> Self:
         if not isinstance(values, dict):
-            raise ConfigError(f"config group {group!r}: expected an object of settings, got {values!r}")
+            raise ConfigError(f"config group {group!r}: expected an object of settings, got {quoted(values)}")
         _refuse_misspelt(values, cls.known_names(), prefix=f"{group}.")
         known = {k: v for k, v in values.items() if k in cls.known_names()}
         return cls(**known, extra={k: copy.deepcopy(v) for k, v in values.items() if k not in known})
@@ -192,10 +196,13 @@ class CosmosAdvancedConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Reads a config.json. Raises ConfigError when it is missing, is not JSON, or uses a name that was replaced."""
+        """Reads a config.json. Raises ConfigError when it is missing, is not JSON, or uses a name that was replaced.
+
+        NaN and Infinity, which Python writes and JSON has not, are read: carried settings may hold them.
+        """
         path = Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = strict_json(read_small_text(path, _LARGEST_FILE), allow_nan=True)
         except FileNotFoundError:
             raise ConfigError(f"no model configuration at {path}: expected a config.json") from None
         except (OSError, ValueError) as error:
@@ -222,7 +229,7 @@ class CosmosAdvancedConfig:
 
         Raises ConfigError that lists every problem: the name, what is expected, what was given.
         """
-        problems = list(_problems(self))
+        problems = list(problems_of(self))
         if problems:
             raise ConfigError("this configuration cannot be built: " + "; ".join(problems))
         return self
@@ -275,7 +282,7 @@ def _assign(owner: Any, name: str, value: Any, known: tuple[str, ...]) -> None:
         nearest = difflib.get_close_matches(name, known, n=1)
         names = ", ".join(n for n in known if n != "extra")
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known names: {names}"
-        raise ConfigError(f"{type(owner).__name__} has no setting {name!r}; {hint}")
+        raise ConfigError(f"{type(owner).__name__} has no setting {quoted(name)}; {hint}")
 
 
 def _refuse_misspelt(values: Collection[Any], known: tuple[str, ...], prefix: str = "") -> None:
@@ -283,11 +290,15 @@ def _refuse_misspelt(values: Collection[Any], known: tuple[str, ...], prefix: st
 
     Other keys that are not known are someone's own, and where both names are there the misspelt one is, too.
     """
+    if len(values) > _MOST_SETTINGS:
+        raise ConfigError(
+            f"{prefix or 'this configuration'}: {len(values)} settings, expected at most {_MOST_SETTINGS}"
+        )
     missing = [name for name in known if name not in values]
     for name in values:
         if isinstance(name, str) and name not in known and name not in RENAMED:
             for meant in difflib.get_close_matches(name.lower(), missing, n=1, cutoff=_MISSPELT):
-                raise ConfigError(f"no setting {prefix + name!r}; did you mean {prefix + meant!r}?")
+                raise ConfigError(f"no setting {quoted(prefix + name)}; did you mean {prefix + meant!r}?")
 
 
 def _carried_value(owner: Any, name: str) -> Any:
@@ -296,76 +307,3 @@ def _carried_value(owner: Any, name: str) -> Any:
     if name in extra:
         return extra[name]
     raise AttributeError(f"{type(owner).__name__} has no setting {name!r}")
-
-
-def _problems(config: CosmosAdvancedConfig) -> Iterator[str]:
-    for name in GEOMETRY:
-        value = getattr(config, name)
-        if not _is_integer(value) or value < 1:
-            yield f"{name} must be a positive integer, got {value!r}"
-    for name in ("norm_eps", "rope_theta"):
-        value = getattr(config, name)
-        if not _is_number(value) or not 0 < value < float("inf"):
-            yield f"{name} must be a positive finite number, got {value!r}"
-    for name in ("dropout", "activation_dropout", "attention_dropout"):
-        value = getattr(config, name)
-        if not _is_number(value) or not 0 <= value < 1:
-            yield f"{name} must be a probability in [0, 1), got {value!r}"
-    yield from _head_problems(config)
-    yield from _capability_problems(config)
-
-
-def _head_problems(config: CosmosAdvancedConfig) -> Iterator[str]:
-    heads, kv_heads, width = config.n_heads, config.n_kv_heads, config.head_dim
-    if all(_is_integer(n) and n > 0 for n in (heads, kv_heads)) and heads % kv_heads:
-        yield f"n_heads must be a multiple of n_kv_heads, got n_heads {heads} and n_kv_heads {kv_heads}"
-    if _is_integer(width) and width > 0 and width % 2:
-        yield f"head_dim must be even (rotary embedding turns pairs of channels), got {width}"
-
-
-# What the capability heads are built from and read; a group's other settings are only carried.
-_COUNTS = {
-    "reasoning": ("thinking_depth", "reasoning_steps", "multi_path_exploration", "consistency_checks"),
-    "evaluation": ("verification_depth",),
-}
-_SWITCHES = {
-    "reasoning": ("extended_thinking",),
-    "memory": ("episodic_memory",),
-    "safety": SAFETY_CHECKS,
-    "evaluation": EVALUATION_CHECKS,
-}
-
-
-def _capability_problems(config: CosmosAdvancedConfig) -> Iterator[str]:
-    for name, value in _settings_of(config, _COUNTS):
-        if not _is_integer(value) or value < 1:
-            yield f"{name} must be a positive integer, got {value!r}"
-    for name, value in _settings_of(config, _SWITCHES):
-        if not isinstance(value, bool):
-            yield f"{name} must be true or false, got {value!r}"
-    mode: Any = config.reasoning.mode
-    if not isinstance(mode, str):
-        yield f"reasoning.mode must be the name of a mode, got {mode!r}"
-    if config.safety.safety_level not in SAFETY_LEVELS:
-        levels, given = ", ".join(SAFETY_LEVELS), config.safety.safety_level
-        yield f"safety.safety_level must be one of {levels}, got {given!r}"
-    size, threshold = config.memory.working_memory_size, config.evaluation.confidence_threshold
-    if not _is_integer(size) or size < 0:
-        yield f"memory.working_memory_size must be an integer, 0 (none) or more, got {size!r}"
-    if not _is_number(threshold) or not 0 <= threshold <= 1:
-        yield f"evaluation.confidence_threshold must be a number from 0 to 1, got {threshold!r}"
-
-
-def _settings_of(config: CosmosAdvancedConfig, names: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, Any]]:
-    """Full names of these settings of groups, and what they are set to."""
-    for group, settings in names.items():
-        for setting in settings:
-            yield f"{group}.{setting}", getattr(getattr(config, group), setting)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cosmos_runtime import InputError
+
 if TYPE_CHECKING:
     from cosmos_export.parity.report import ParityReport
 
@@ -18,6 +20,10 @@ class CosmosExportError(Exception):
 
 class ConfigError(CosmosExportError, ValueError):
     """A model configuration that no model can be built from, or a name that it does not have."""
+
+
+class PromptError(ConfigError, InputError):
+    """Token ids that the eager model cannot take; sessions raise the InputError that it also is."""
 
 
 class CheckpointError(CosmosExportError):
@@ -42,3 +48,7 @@ class ParityError(CosmosExportError):
     def __init__(self, message: str, report: ParityReport) -> None:
         super().__init__(message)
         self.report = report
+
+
+class ParityUnavailable(CosmosExportError):
+    """A comparison that this bundle, or this machine, does not allow."""

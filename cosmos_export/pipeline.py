@@ -17,6 +17,7 @@ from cosmos_export.bundle import record_parity, seal, staged_folder, write_compa
 from cosmos_export.calibration.calibrate import calibrate
 from cosmos_export.calibration.plan import MOST_PARAMETERS
 from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.checkpoint_checks import check_tokenizer
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ParityError
 from cosmos_export.model.capabilities import capability_set
@@ -68,8 +69,8 @@ def export_bundle(
     out, progress = Path(out), progress or Silent()
     heads = None if capabilities is None else capability_set(capabilities)
     recipe.check_fits(checkpoint.config, causal=causal)
-    if heads is not None:
-        require_weights(checkpoint, heads)  # before anything is traced
+    require_weights(checkpoint, heads)  # before anything is traced
+    check_tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)
     recipe = _for_heads(recipe, heads, progress)
     with staged_folder(out, overwrite=overwrite) as folder:
         checkpoint, recipe = _calibrated(checkpoint, recipe, calibration_text, progress)

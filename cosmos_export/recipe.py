@@ -18,7 +18,8 @@ from cosmos_export.onnx.head_matrices import is_wide
 from cosmos_export.onnx.quantize import INT8_ACTIVATIONS, Quantization
 from cosmos_export.onnx.signature import PACKED_PROJECTIONS
 from cosmos_export.resources import DEFAULT_RECIPES, recipe_path
-from cosmos_runtime import DECODER, DEVICE_LOOP, FULL_SEQUENCE, GRAPH_FORMATS, ONNX, PT2, TORCHSCRIPT
+from cosmos_export.small_files import read_small_text
+from cosmos_runtime import DECODER, DEVICE_LOOP, FULL_SEQUENCE, GRAPH_FORMATS, ONNX, PT2, TORCHSCRIPT, quoted
 
 # A precision is how weights are stored; a floating-point one is also what is computed with.
 FLOAT_PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -41,6 +42,10 @@ PROJECTIONS = ("qkv_proj", "o_proj", "w1_w3", "w2")
 DYNAMICALLY_QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w3")
 # The same for all wide matrices of the capability heads.
 HEADS = "heads"
+# A recipe has a kilobyte or two.
+_LARGEST_FILE = 1 << 20
+# What a calibration's tokens and epochs can be: beyond, it would never end.
+_CALIBRATION_RANGES = {"tokens": (1, 10**9), "epochs": (0, 1000)}
 BITS, BLOCK_SIZES, ACCURACY_LEVELS = (4, 8), (16, 32, 64, 128, 256), (0, 1, 4)
 
 
@@ -77,7 +82,9 @@ class ExportRecipe:
         """
         path = Path(name) if name.endswith(".toml") else recipe_path(name)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = tomllib.loads(read_small_text(path, _LARGEST_FILE))
+        except RecursionError:
+            raise RecipeError(f"recipe {path} cannot be read as TOML: nested too deep") from None
         except (OSError, ValueError) as error:
             raise RecipeError(f"recipe {path} cannot be read as TOML: {error}") from None
         return cls(**_checked(path, values))
@@ -153,7 +160,7 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         what = f"unknown key {unknown[0]!r}" if unknown else f"missing key {missing[0]!r}"
         raise RecipeError(f"recipe {path}: {what}; a recipe has {', '.join(sorted(known))}")
     if not isinstance(values["description"], str):
-        raise RecipeError(f"recipe {path}: description must be a text, got {values['description']!r}")
+        raise RecipeError(f"recipe {path}: description must be a text, got {quoted(values['description'])}")
     _check_member(path, "precision", values["precision"], PRECISIONS)
     _check_member(path, "dialect", values["dialect"], DIALECTS[graph_format])
     if graph_format == ONNX:
@@ -170,10 +177,10 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 def _graphs(path: Path, values: dict[str, Any]) -> tuple[str, ...]:
     graphs = values["graphs"]
-    if not isinstance(graphs, list) or not graphs or any(graphs.count(graph) > 1 for graph in graphs):
-        raise RecipeError(
-            f"recipe {path}: graphs must be a list of at least one of {', '.join(GRAPHS)}, none twice, got {graphs!r}"
-        )
+    some = isinstance(graphs, list) and 0 < len(graphs) <= len(GRAPHS)
+    if not some or any(graphs.count(graph) > 1 for graph in graphs):
+        expected = f"a list of at least one of {', '.join(GRAPHS)}, none twice"
+        raise RecipeError(f"recipe {path}: graphs must be {expected}, got {quoted(graphs)}")
     for graph in graphs:
         _check_member(path, "graphs", graph, GRAPHS)
     if DEVICE_LOOP in graphs and (DECODER not in graphs or values["dialect"] != "ort"):
@@ -212,7 +219,7 @@ def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     forms: dict[str, Any] = {k: _form(path, k, values[k]) for k in ("quantization", "embedding") if k in values}
     overrides = values.get("overrides", {})
     if not isinstance(overrides, dict):
-        raise RecipeError(f"recipe {path}: overrides must be a table of projections, got {overrides!r}")
+        raise RecipeError(f"recipe {path}: overrides must be a table of projections, got {quoted(overrides)}")
     for projection in overrides:
         _check_member(path, "overrides", projection, (*PROJECTIONS, HEADS))
     forms["overrides"] = {name: _form(path, f"overrides.{name}", value) for name, value in overrides.items()}
@@ -259,10 +266,14 @@ def _check_rows_of_8_bits(path: Path, precision: str, dialect: str) -> None:
 def _calibration(path: Path, value: Any, forms: Mapping[str, Any]) -> CalibrationPlan:
     names = {f.name for f in fields(CalibrationPlan)}
     if not isinstance(value, dict) or value.keys() != names:
-        raise RecipeError(f"recipe {path}: calibration must have exactly {', '.join(sorted(names))}, got {value!r}")
-    for name, least in (("tokens", 1), ("epochs", 0)):
+        raise RecipeError(
+            f"recipe {path}: calibration must have exactly {', '.join(sorted(names))}, got {quoted(value)}"
+        )
+    for name, (least, most) in _CALIBRATION_RANGES.items():
         if type(value[name]) is not int or value[name] < least:
-            raise RecipeError(f"recipe {path}: calibration.{name} must be at least {least}, got {value[name]!r}")
+            raise RecipeError(f"recipe {path}: calibration.{name} must be at least {least}, got {quoted(value[name])}")
+        if value[name] > most:
+            raise RecipeError(f"recipe {path}: calibration.{name} must be at most {most}, got {quoted(value[name])}")
     quantised = [forms.get("quantization"), forms.get("embedding"), *forms["overrides"].values()]
     if quantised[0] is None or not all(form is None or form.symmetric for form in quantised):
         raise RecipeError(
@@ -274,7 +285,7 @@ def _calibration(path: Path, value: Any, forms: Mapping[str, Any]) -> Calibratio
 def _form(path: Path, key: str, value: Any) -> Quantization:
     names = {f.name for f in fields(Quantization)}
     if not isinstance(value, dict) or value.keys() != names:
-        raise RecipeError(f"recipe {path}: {key} must have exactly {', '.join(sorted(names))}, got {value!r}")
+        raise RecipeError(f"recipe {path}: {key} must have exactly {', '.join(sorted(names))}, got {quoted(value)}")
     _check_member(path, f"{key}.bits", value["bits"], BITS)
     _check_member(path, f"{key}.block_size", value["block_size"], BLOCK_SIZES)
     _check_member(path, f"{key}.symmetric", value["symmetric"], (True, False))
@@ -284,4 +295,4 @@ def _form(path: Path, key: str, value: Any) -> Quantization:
 
 def _check_member(path: Path, key: str, value: Any, allowed: Any) -> None:
     if type(value) is not type(allowed[0]) or value not in allowed:  # True and 20.0 are no opsets
-        raise RecipeError(f"recipe {path}: {key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        raise RecipeError(f"recipe {path}: {key} must be one of {', '.join(map(str, allowed))}, got {quoted(value)}")

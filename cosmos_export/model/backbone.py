@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_export.config import CosmosAdvancedConfig
-from cosmos_export.errors import ConfigError
+from cosmos_export.errors import ConfigError, PromptError
 from cosmos_export.model.attention import Attend, FullSequenceAttention, GroupedQueryAttention
 from cosmos_export.model.rope import RotaryTable
-from cosmos_export.model.token_ids import check_token_ids
+from cosmos_export.model.token_ids import check_token_ids, check_token_tensor
 
 
 class RMSNorm(nn.Module):
@@ -92,7 +92,7 @@ class CosmosBackbone(nn.Module):
     def hidden_states(self, input_ids: Tensor, attend: Attend | None = None) -> Tensor:
         """input_ids (B, T) to the normed hidden states (B, T, D); `attend` defaults to the full sequence.
 
-        Raises ConfigError for ids of a wrong rank, length or type, or beyond the vocabulary.
+        Raises PromptError for ids of a wrong rank, length or type, or beyond the vocabulary.
         """
         if attend is None:
             attend = self.full_sequence_attention(input_ids)
@@ -107,11 +107,16 @@ class CosmosBackbone(nn.Module):
         return F.linear(hidden, self.tok_embeddings.weight)
 
     def full_sequence_attention(self, input_ids: Tensor) -> FullSequenceAttention:
-        """The strategy for a call that sees whole sequences. Raises ConfigError for ids of a wrong rank or length."""
-        if input_ids.dim() != 2:
-            raise ConfigError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
+        """The strategy for a call that sees whole sequences. Raises PromptError for ids of a wrong rank, type or
+        length, ConfigError where the rotary table is shorter than the configuration says by now."""
+        check_token_tensor(input_ids)
         length, limit = input_ids.shape[1], self.config.max_sequence_length
         if not torch.jit.is_tracing() and not 0 < length <= limit:  # a trace would keep the answer, not the question
-            raise ConfigError(f"sequence of {length} tokens, expected at least 1, and max_sequence_length is {limit}")
+            raise PromptError(f"sequence of {length} tokens, expected at least 1, and max_sequence_length is {limit}")
+        if limit > self.rope.length:
+            raise ConfigError(
+                f"the rotary table has {self.rope.length} positions, and max_sequence_length is {limit} now; "
+                f"build the model anew with this configuration"
+            )
         dropout = self.config.attention_dropout if self.training else 0.0
         return FullSequenceAttention(self.rope, length, causal=self.causal, dropout=dropout)

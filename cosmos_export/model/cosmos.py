@@ -71,7 +71,7 @@ class CosmosAdvancedModel(CosmosBackbone):
         self, config: CosmosAdvancedConfig, *, causal: bool = True, capabilities: Iterable[str] = CAPABILITIES
     ) -> None:
         self.capabilities = capability_set(capabilities)
-        _check_concept_heads(config, self.capabilities)
+        _check_concept_heads(config.validate(), self.capabilities)
         super().__init__(config, causal=causal)
         if "reasoning" in self.capabilities:
             self.reasoning_engine = ReasoningEngine(config)

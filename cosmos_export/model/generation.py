@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cosmos_export.errors import ConfigError
+from cosmos_export.errors import PromptError
 from cosmos_export.model.token_ids import check_token_ids
-from cosmos_runtime import Sampling, sample
+from cosmos_runtime import Sampling, quoted, sample
 
 if TYPE_CHECKING:
     from cosmos_export.config import CosmosAdvancedConfig
@@ -76,7 +76,7 @@ def generate(
     then not part of it ("stop"), after `max_new_tokens` ("length") or at `max_sequence_length` ("context"); what
     follows its end is padded with 0. Its dict holds `num_tokens_generated`, `finish_reason` and `generation_steps`,
     the diagnostics of each step. The working memory lasts from the first token to the last.
-    Raises ConfigError for prompts or a length that do not fit, InputError for a sampling option out of range.
+    Raises PromptError for prompts or a length that do not fit, InputError for a sampling option out of range.
     """
     most = model.config.generation.max_tokens if max_new_tokens is None else max_new_tokens
     room = _room(model.config, input_ids, most)
@@ -115,14 +115,12 @@ def _padded(tokens: list[int], length: int) -> list[int]:
 
 def _room(config: CosmosAdvancedConfig, input_ids: Tensor, max_new_tokens: int) -> int:
     """How many tokens the model has room for after these prompts."""
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise ConfigError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
     check_token_ids(input_ids, config.vocab_size)
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 0:
+        raise PromptError(f"max_new_tokens must be 0 or more, got {quoted(max_new_tokens)}")
     room = config.max_sequence_length - input_ids.shape[1]
     if room < 0:
-        raise ConfigError(
+        raise PromptError(
             f"prompts of {input_ids.shape[1]} tokens, and max_sequence_length is {config.max_sequence_length}"
         )
     return room

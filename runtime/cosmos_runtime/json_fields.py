@@ -16,25 +16,22 @@ DEEPEST_NESTING = 64
 # Beyond 64 bits an integer is no size, count or id, and numpy takes none.
 LARGEST_INTEGER = 2**63 - 1
 
-# How a hash is written, as a pattern and in words.
-SHA256, SHA256_WORDS = "[0-9a-f]{64}", "64 lower-case hexadecimal digits"
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def strict_json(text: str) -> Any:
+def strict_json(text: str, *, allow_nan: bool = False) -> Any:
     """The value of a JSON text that every reader and writer can handle.
 
     Stricter than `json.loads`: refused are a key given twice and the non-JSON constants NaN and Infinity, which would
     let two readers of one file see two different things; numbers beyond float64; halves of characters (lone
-    surrogates), which cannot be printed; and nesting deeper than `DEEPEST_NESTING`.
+    surrogates), which cannot be printed; and nesting deeper than `DEEPEST_NESTING`. With `allow_nan`, numbers are read
+    as Python reads them.
 
     Raises: ValueError saying what is wrong.
     """
+    numbers: dict[str, Any] = {} if allow_nan else {"parse_constant": _refuse_constant, "parse_float": _finite}
     try:
-        value = json.loads(
-            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite
-        )
+        value = json.loads(text, object_pairs_hook=_without_duplicates, **numbers)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEEPEST_NESTING} levels") from None
     level, depth = [value], 0
