@@ -8,6 +8,7 @@ from cosmos_export.cli.generate import generate_command
 from cosmos_export.cli.group import ExportGroup
 from cosmos_export.cli.onnx import onnx_command
 from cosmos_export.cli.pt2 import pt2_command
+from cosmos_export.cli.sign import sign_command
 from cosmos_export.cli.torchscript import torchscript_command
 from cosmos_export.cli.verify import verify_command
 
@@ -27,6 +28,7 @@ def main() -> None:
       cosmos-export torchscript --checkpoint my-model            # for torch.jit.load, from Python or C++
       cosmos-export pt2 --checkpoint my-model                    # for torch.export.load
       cosmos-export verify my-bundle
+      cosmos-export sign my-bundle --key private.pem
       cosmos-run generate my-bundle --prompt "Once upon a time"
     """
 
@@ -36,3 +38,4 @@ main.add_command(torchscript_command)
 main.add_command(pt2_command)
 main.add_command(verify_command)
 main.add_command(generate_command)
+main.add_command(sign_command)

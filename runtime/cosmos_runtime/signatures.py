@@ -5,6 +5,7 @@ tools check them, too: one signature over the SHA-256 of every file in the folde
 https://github.com/sigstore/model-transparency
 """
 
+import ast
 import contextlib
 import os
 import sys
@@ -16,10 +17,8 @@ from cosmos_runtime.checking import SIGNATURE_NAME
 from cosmos_runtime.errors import BundleError, CosmosRuntimeError, InputError, first_line
 
 _PACKAGE_CURE = 'install it with: pip install "cosmos-export[sign]"'
-_KEYS = (
-    "expected an elliptic-curve key in PEM form; make a pair with: openssl ecparam -name prime256v1 -genkey -noout "
-    "-out private.pem; openssl ec -in private.pem -pubout -out public.pem"
-)
+# P-256, P-384 or P-521: what the package takes.
+_KEY = "expected the {half} key of an elliptic curve in PEM form; `cosmos-export sign --help` says how to make a pair"
 
 
 def sign_bundle(folder: Path, private_key: Path, password: str | None = None) -> Path:
@@ -29,12 +28,12 @@ def sign_bundle(folder: Path, private_key: Path, password: str | None = None) ->
     signed, InputError where the key cannot be used, CosmosRuntimeError where the package is missing.
     """
     signing, hashing = _package("signing"), _package("hashing")
-    _check_key(private_key)
+    _check_key(private_key, "private")
     if private_key.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{private_key}: lies in the bundle, and would be given away with it; move it elsewhere")
     _beside(folder / SIGNATURE_NAME).unlink(missing_ok=True)  # of a run that was killed; it would be signed, too
     secret = None if password is None else password.encode()
-    with _typed(InputError, f"{private_key}: cannot be used", _KEYS):
+    with _typed(InputError, f"{private_key}: cannot be used", _KEY.format(half="private")):
         config = signing.Config().use_elliptic_key_signer(private_key=private_key, password=secret)
     with tempfile.TemporaryDirectory(prefix="cosmos-signature-") as scratch:
         made = Path(scratch, SIGNATURE_NAME)
@@ -53,8 +52,8 @@ def verify_signature(folder: Path, public_key: Path) -> dict[str, str]:
     """
     signature = folder / SIGNATURE_NAME
     verifying, hashing = _package("verifying"), _package("hashing")
-    _check_key(public_key)
-    with _typed(InputError, f"{public_key}: cannot be used", f"give the public key: {_KEYS}"):
+    _check_key(public_key, "public")
+    with _typed(InputError, f"{public_key}: cannot be used", _KEY.format(half="public")):
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     if not signature.is_file():
         raise BundleError(f"{signature}: missing: the bundle is not signed; sign it with: cosmos-export sign")
@@ -96,9 +95,9 @@ def _package(module: str) -> Any:
         ) from error
 
 
-def _check_key(path: Path) -> None:
+def _check_key(path: Path, half: str) -> None:
     if not path.is_file():
-        raise InputError(f"{path}: no such key; {_KEYS}")
+        raise InputError(f"{path}: no such file; {_KEY.format(half=half)}")
 
 
 @contextlib.contextmanager
@@ -108,8 +107,19 @@ def _typed(kind: type[CosmosRuntimeError], what: str, cure: str) -> Any:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except Exception as error:
-        reason = first_line(error) if str(error).strip() else type(error).__name__
-        raise kind(f"{what}: {reason}; {cure}") from error
+        raise kind(f"{what}: {_reason(error)}; {cure}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What the package says, without the list of objects that it prints; or what it raised, without a word."""
+    text = first_line(error) if str(error).strip() else type(error).__name__
+    title, bracket, differences = text.partition(": [")
+    if not bracket:
+        return text.rstrip(". ")
+    with contextlib.suppress(ValueError, SyntaxError, TypeError):
+        files = [difference.split(": Expected 'Digest")[0] for difference in ast.literal_eval(f"[{differences}")]
+        return f"{title}: {'; '.join(files)}"
+    return text
 
 
 def _put_in_place(signature: bytes, path: Path) -> Path:

@@ -20,7 +20,7 @@ from cosmos_export.parity.gates import Arithmetic, Verdict
 from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import verify_bundle
 from cosmos_export.pipeline import ExportedBundle
-from cosmos_runtime import MANIFEST_NAME, Manifest, describe_file
+from cosmos_runtime import MANIFEST_NAME, Manifest, describe_file, graph_operators
 
 GraphFault = Callable[[GraphProto], None]
 TensorFault = Callable[[np.ndarray], None]
@@ -285,7 +285,8 @@ def _with_graph_fault(bundle: ExportedBundle, tmp_path: Path, fault: GraphFault)
     path.write_bytes(model.SerializeToString())
     manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     files = {**manifest.files, path.name: describe_file(path)}
-    (folder / MANIFEST_NAME).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
+    sealed = replace(manifest, files=files, operators=graph_operators([path]))
+    (folder / MANIFEST_NAME).write_text(sealed.to_json(), encoding="utf-8")
     return folder
 
 

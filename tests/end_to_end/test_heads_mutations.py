@@ -17,7 +17,7 @@ from cosmos_export.parity.gates import Verdict
 from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.pipeline import ExportedBundle
-from cosmos_runtime import MANIFEST_NAME, Manifest, describe_file
+from cosmos_runtime import MANIFEST_NAME, Manifest, describe_file, graph_operators
 
 from .head_bundles import export_heads, heads_checkpoint, heads_config
 
@@ -180,5 +180,6 @@ def _with_fault(bundle: ExportedBundle, tmp_path: Path, fault: GraphFault) -> Pa
     path.write_bytes(model.SerializeToString())
     manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     files = {**manifest.files, path.name: describe_file(path)}
-    (folder / MANIFEST_NAME).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
+    sealed = replace(manifest, files=files, operators=graph_operators([path]))
+    (folder / MANIFEST_NAME).write_text(sealed.to_json(), encoding="utf-8")
     return folder

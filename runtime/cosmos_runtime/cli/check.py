@@ -61,8 +61,8 @@ def _print(checked: "CheckedBundle", key: Path | None) -> None:
         click.echo(f"{checked.path}: good: {checked.files} files, {checked.size:,} bytes; {signature}")
     else:
         wrong = len({finding.file for finding in checked.findings})
-        files = "1 file is" if wrong == 1 else f"{wrong} files are"
-        click.echo(f"error: {checked.path}: {files} not as exported; {CURE}", err=True)
+        state = "as it was exported" if key is None else "as it was exported and signed"
+        click.echo(f"error: {checked.path}: not {state}: {wrong} bad file{'s' if wrong > 1 else ''}; {CURE}", err=True)
 
 
 def _report(checked: "CheckedBundle", key: Path | None) -> dict[str, Any]:
