@@ -90,7 +90,7 @@ class _Reader:
             graphs += 1
             self._graph(start, end, 0)
         if graphs != 1:
-            self._fail(f"expected one graph, got {graphs}")
+            self._damaged(f"expected one graph, got {graphs}")
         return self._contents
 
     def _graph(self, start: int, end: int, depth: int) -> None:
