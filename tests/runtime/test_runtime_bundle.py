@@ -1,12 +1,15 @@
 """Opening a bundle finds what is missing, cut or outside; hashing finds what was altered."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cosmos_runtime import Bundle, BundleError
+from cosmos_runtime import Bundle, BundleError, load
+
+from .tiny_bundles import chain, encode, successor_table, write_bundle
 
 
 def test_open(bundle_path: Path) -> None:
@@ -125,3 +128,44 @@ def test_file_instead_of_folder(tmp_path: Path, name: str, kind: str) -> None:
 def test_file_of_a_bundle_instead_of_its_folder(bundle_path: Path) -> None:
     with pytest.raises(BundleError, match=f"give its folder instead: {bundle_path}"):
         Bundle.open(bundle_path / "model.onnx")
+
+
+def replace(path: Path, by: Path) -> None:
+    """What an export does to a bundle that is in use: the folder's name goes to another folder, the old one goes."""
+    path.rename(path.with_name("old"))
+    by.rename(path)
+    shutil.rmtree(path.with_name("old"))
+
+
+def test_a_replaced_bundle_keeps_its_session(tmp_path: Path) -> None:
+    """Logits and tokenizer stay those of the bundle that was loaded, though neither's file has a name any more."""
+    path = write_bundle(tmp_path / "bundle", chain("abc"))
+    session = load(path, threads=1)
+    before = session.logits([1, 2, 3])
+    other = write_bundle(tmp_path / "other", chain("xyz"), vocab_size=257, table=successor_table(257, chain("cba")))
+    (other / "tokenizer.json").write_text("{}")  # another session's tokenizer, which cannot even be read
+    replace(path, other)
+    assert (session.logits([1, 2, 3]) == before).all()
+    assert session.tokenizer.decode(encode("abc")) == "abc"
+    with pytest.raises(BundleError, match=r"tokenizer\.json: expected \d+ bytes"):
+        Bundle.open(path)
+
+
+def test_a_bundle_that_was_replaced_before_it_was_loaded(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "bundle", chain("abc"))
+    opened = Bundle.open(path)
+    replace(path, write_bundle(tmp_path / "other", chain("cba")))
+    with pytest.raises(BundleError, match="was replaced or removed since it was opened; open the bundle again"):
+        load(opened)
+
+
+def test_held_files_are_let_go(bundle_path: Path) -> None:
+    import gc
+
+    gc.collect()
+    before = len(os.listdir("/dev/fd"))
+    bundles = [Bundle.open(bundle_path) for _ in range(20)]
+    assert len(os.listdir("/dev/fd")) >= before + 20
+    del bundles
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) <= before
