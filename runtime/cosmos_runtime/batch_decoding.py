@@ -78,15 +78,18 @@ class CachedBatchDecoder:
         self._diagnoses: dict[int, Diagnosis | None] = {}
         self._appender: Appender | None = None
         self._lengths = np.ones(batch, np.int64)
+        self._cancelled = False
 
     def prefill(self, row: int, ids: TokenIds) -> Floats:
         """Start a row with its prompt (T,); logits (V,) of the position after it."""
         logits = self._graph.new_logits(1, 1)
-        self._appender = Appender(self._graph, self._cache, row, bank=self._bank)
+        appender = self._appender = Appender(self._graph, self._cache, row, bank=self._bank)
+        if self._cancelled:  # before there was this one to cancel
+            appender.binding.cancel()
         for part in chunks(len(ids)):
-            self._appender.append(ids[None, part], part.start, logits, ends_call=part.stop == len(ids))
+            appender.append(ids[None, part], part.start, logits, ends_call=part.stop == len(ids))
         self._lengths[row] = len(ids)
-        self._diagnoses[row] = next(iter(self._appender.diagnoses), None)
+        self._diagnoses[row] = next(iter(appender.diagnoses), None)
         last: Floats = logits[0, 0]
         return last
 
@@ -105,6 +108,7 @@ class CachedBatchDecoder:
 
     def cancel(self) -> None:
         """Make the run in progress and every later one fail."""
+        self._cancelled = True
         for part in (self._appender, self._stepper):
             if part is not None:
                 part.binding.cancel()

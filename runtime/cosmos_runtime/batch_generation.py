@@ -14,6 +14,7 @@ from cosmos_runtime.generation import loops_for, new_continuation
 from cosmos_runtime.quoting import quoted
 from cosmos_runtime.sampling import Sampling
 from cosmos_runtime.session import Session
+from cosmos_runtime.steps import Steps
 from cosmos_runtime.validation import prompt_rows
 
 
@@ -57,25 +58,18 @@ def generate_batch(
     return BatchGeneration(session, rows)
 
 
-class BatchGeneration(Iterator[list[tuple[int, int]]]):
+class BatchGeneration(Steps[list[tuple[int, int]]]):
     """An iterator of steps, each a list of (row, new token id) of the rows that go on; made by `generate_batch`.
 
-    `rows` holds what is known of each row: prompt, tokens so far, sampling, finish reason, diagnostics.
+    `rows` holds what is known of each row: prompt, tokens so far, sampling, finish reason, diagnostics. Ends and shares
+    as `Generation` does.
     """
 
     def __init__(self, session: Session, rows: Sequence[Continuation]) -> None:
+        super().__init__()
         self.rows = tuple(rows)
         self._session = session
         self._decoder: BatchDecoder | None = None
-
-    def __next__(self) -> list[tuple[int, int]]:
-        chosen = self._choose()
-        if not self._running():
-            self._free()
-        step = [(row, token) for row, token in chosen if token is not None]
-        if not step:
-            raise StopIteration
-        return step
 
     def run(self) -> list[list[int]]:
         """Every remaining step; the new tokens of every row."""
@@ -91,9 +85,18 @@ class BatchGeneration(Iterator[list[tuple[int, int]]]):
             decoder.cancel()
 
     def close(self) -> None:
-        """End every row, and free the cache."""
+        """End every row, and free the cache: now, or when the step that another thread is taking is given up."""
         self.stop()
-        self._free()
+        self._end()
+
+    def _step(self) -> list[tuple[int, int]]:
+        step = [(row, token) for row, token in self._choose() if token is not None]
+        if not step:
+            raise StopIteration
+        return step
+
+    def _is_last(self) -> bool:
+        return not self._running()
 
     def _choose(self) -> list[tuple[int, int | None]]:
         """Rows that go on, with their next tokens; None for one that ends instead."""
@@ -111,7 +114,7 @@ class BatchGeneration(Iterator[list[tuple[int, int]]]):
         if not running:
             return []
         try:
-            logits = self._start(running) if self._decoder is None else self._step(self._decoder, running)
+            logits = self._start(running) if self._decoder is None else self._decode(self._decoder, running)
         except CosmosRuntimeError:
             if self._running():
                 raise
@@ -122,13 +125,17 @@ class BatchGeneration(Iterator[list[tuple[int, int]]]):
         capacity = max(self.rows[row].capacity for row in running)
         calls = max(self.rows[row].most_calls for row in running)
         decoder = self._decoder = new_batch_decoder(self._session, len(self.rows), capacity, calls)
+        if not self._running():  # `stop` came in before there was anything to cancel
+            decoder.cancel()
         logits = []
         for row in running:
+            if self.rows[row].finish_reason is not None:  # meanwhile
+                continue
             logits.append((row, decoder.prefill(row, self.rows[row].prompt_ids)))
             self.rows[row].examine(decoder.diagnosis(row))
         return logits
 
-    def _step(self, decoder: BatchDecoder, running: list[int]) -> list[tuple[int, Floats]]:
+    def _decode(self, decoder: BatchDecoder, running: list[int]) -> list[tuple[int, Floats]]:
         logits = decoder.decode(running, [self.rows[row].tokens[-1] for row in running])
         for row in running:
             self.rows[row].examine(decoder.diagnosis(row))

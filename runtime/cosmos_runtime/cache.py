@@ -35,7 +35,8 @@ class KeyValueCache:
         self._pairs = cache_pairs(graph)
         self._stream.reserve(self.size, f"a cache of {batch} x {length} tokens")
         weakref.finalize(self, self._stream.release, self.size)
-        self._values = [self._zeros(past) for past, _ in self._pairs]
+        with self._stream.working():
+            self._values = [self._zeros(past) for past, _ in self._pairs]
 
     @property
     def size(self) -> int:

@@ -116,8 +116,8 @@ class Continuation:
             return None
         self._history[self.length] = token
         self.tokens.append(token)
-        # `stop` may have been called meanwhile, from another thread.
-        self.finish_reason = self._limit_reached() or self.finish_reason
+        if reason := self._limit_reached():  # else untouched: another thread may be calling `stop`
+            self.finish_reason = reason
         return token
 
     def stop(self) -> None:

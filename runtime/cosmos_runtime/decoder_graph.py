@@ -3,6 +3,7 @@
 B  batch    T  new tokens    N  tokens in all    n  wanted positions    L  cache length    V  vocabulary
 """
 
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -23,9 +24,15 @@ CHUNK = 512
 
 
 class DecoderGraph:
-    """A loaded decoder graph. It keeps no state: that is in the caches, one a request."""
+    """A loaded decoder graph. It keeps no state: that is in the caches, one a request.
 
-    def __init__(self, loaded: LoadedGraph, spec: GraphSpec, bundle: Bundle, stream: Stream | None = None) -> None:
+    `at_once` runs over several tokens may be computed at a time; others wait for their turn. Single tokens do not wait.
+    """
+
+    def __init__(
+        self, loaded: LoadedGraph, spec: GraphSpec, bundle: Bundle, stream: Stream | None = None, *, at_once: int = 2
+    ) -> None:
+        self.long_runs = threading.BoundedSemaphore(at_once)
         self.spec, self.stream = spec, stream or HostStream()
         self._loaded, self._place, self._manifest = loaded, str(bundle.path), bundle.manifest
         self.tokens, self.logits = spec.input(Role.TOKENS).name, spec.output(Role.LOGITS).name
@@ -182,11 +189,12 @@ class Appender:
         bank_rows: slice | None = None,
     ) -> None:
         self._graph = graph
-        self.binding = graph.new_binding()
-        cache.bind(self.binding, row)
         self._rows = slice(0, cache.batch) if row is None else slice(row, row + 1)
-        self._feed = graph.new_feed(self._rows.stop - self._rows.start, cache.length)
-        self._heads = graph.bind_heads(self.binding, bank, bank_rows or self._rows)
+        with graph.stream.working():
+            self.binding = graph.new_binding()
+            cache.bind(self.binding, row)
+            self._feed = graph.new_feed(self._rows.stop - self._rows.start, cache.length)
+            self._heads = graph.bind_heads(self.binding, bank, bank_rows or self._rows)
 
     @property
     def diagnoses(self) -> list[Diagnosis]:
@@ -199,10 +207,11 @@ class Appender:
 
         Where they do not end a call, capability heads have nothing to do with the logits, and remember nothing.
         """
-        self.binding.bind_input(self._graph.tokens, np.ascontiguousarray(ids))
-        self._feed.append(self.binding, before, ids.shape[1], logits.shape[1])
-        self._graph.bind_logits(self.binding, logits)
-        _run(self._graph, self.binding, self._heads, ends_call)
+        with self._graph.long_runs, self._graph.stream.working():
+            self.binding.bind_input(self._graph.tokens, np.ascontiguousarray(ids))
+            self._feed.append(self.binding, before, ids.shape[1], logits.shape[1])
+            self._graph.bind_logits(self.binding, logits)
+            _run(self._graph, self.binding, self._heads, ends_call)
 
 
 class Stepper:
@@ -213,14 +222,15 @@ class Stepper:
 
     def __init__(self, graph: DecoderGraph, cache: KeyValueCache, bank: MemoryBank | None = None) -> None:
         self._graph = graph
-        self.binding = graph.new_binding()
-        cache.bind(self.binding)
         self._tokens = np.zeros((cache.batch, 1), np.int64)
         self._logits = graph.new_logits(cache.batch, 1)
-        self._feed = graph.new_feed(cache.batch, cache.length)
-        self._feed.append(self.binding, 0, 1, 1)  # which positions get logits stays as it is
-        graph.bind_logits(self.binding, self._logits)
-        self._heads = graph.bind_heads(self.binding, bank, slice(0, cache.batch))
+        with graph.stream.working():
+            self.binding = graph.new_binding()
+            cache.bind(self.binding)
+            self._feed = graph.new_feed(cache.batch, cache.length)
+            self._feed.append(self.binding, 0, 1, 1)  # which positions get logits stays as it is
+            graph.bind_logits(self.binding, self._logits)
+            self._heads = graph.bind_heads(self.binding, bank, slice(0, cache.batch))
 
     def diagnosis(self, row: int = 0) -> Diagnosis | None:
         """What the heads found of a row in the last step, valid until the next one; None for a plain decoder."""
@@ -230,9 +240,10 @@ class Stepper:
         """Append tokens (B,); `lengths` (B,), or an int for a batch of one, count them in. Logits (B, V), valid until
         the next step."""
         self._tokens[:, 0] = tokens
-        self.binding.bind_input(self._graph.tokens, self._tokens)
-        self._feed.step(self.binding, lengths)
-        _run(self._graph, self.binding, self._heads, ends_call=True)
+        with self._graph.stream.working():
+            self.binding.bind_input(self._graph.tokens, self._tokens)
+            self._feed.step(self.binding, lengths)
+            _run(self._graph, self.binding, self._heads, ends_call=True)
         logits: Floats = self._logits[:, 0]
         return logits
 

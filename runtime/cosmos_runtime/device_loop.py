@@ -48,6 +48,7 @@ class DeviceLoops:
         self._specs = {n: s for n, s in bundle.manifest.graphs.items() if n.startswith(f"{SAMPLER}.")}
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         self._free: list[DeviceSlot] = []
+        self._abandoned: deque[DeviceSlot] = deque()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cosmos-device-loop")
 
     def sampler(self, rows: Sequence[Continuation]) -> str | None:
@@ -60,10 +61,13 @@ class DeviceLoops:
         if name is None:
             raise CosmosRuntimeError("device loop: no sampler of this bundle can choose so; ask `sampler` first")
         slot = self._worker.submit(self._take, len(rows), max(row.capacity for row in rows), name).result()
-        return DeviceLoop(self._worker, partial(self._give_back, slot), slot, name, self._specs[name], rows)
+        give_back, abandon = partial(self._give_back, slot), partial(self._abandoned.append, slot)
+        return DeviceLoop(self._worker, give_back, abandon, slot, name, self._specs[name], rows)
 
     def _take(self, batch: int, capacity: int, sampler: str) -> DeviceSlot:
         """Buffers for `batch` rows of `capacity` tokens with a sampler: kept ones where they are large enough."""
+        while self._abandoned:
+            self._give_back(self._abandoned.popleft())
         fitting = [slot for slot in self._free if slot.batch == batch and slot.length >= capacity]
         slot = min(fitting, key=lambda slot: slot.length, default=None)
         if slot is None:
@@ -87,18 +91,24 @@ class DeviceLoops:
 
 
 class DeviceLoop:
-    """One request: B rows of any lengths, continued together. Iterate over `steps`, then `close`."""
+    """One request: B rows of any lengths, continued together. Iterate over `steps`, then `close`.
+
+    `give_back` is called by the worker, after what it has to do for this loop; `abandon` where nobody closed it, in
+    whatever the thread then does, so it may wait for nothing.
+    """
 
     def __init__(
         self,
         worker: ThreadPoolExecutor,
         give_back: Callable[[], None],
+        abandon: Callable[[], None],
         slot: DeviceSlot,
         sampler: str,
         spec: GraphSpec,
         rows: Sequence[Continuation],
     ) -> None:
-        self._worker, self._give_back, self._slot, self._sampler = worker, give_back, slot, sampler
+        self._worker, self._slot, self._sampler = worker, slot, sampler
+        self._give_back, self._abandon = give_back, abandon
         self._spec, self._rows = spec, rows
         self._starts = np.array([row.length for row in rows])
         self._wanted = [row.capacity - row.length for row in rows]
@@ -134,6 +144,11 @@ class DeviceLoop:
         if self._open:
             self._open = False
             self._worker.submit(self._give_back)
+
+    def __del__(self) -> None:
+        # Work that was given to the worker keeps the loop, so none is left.
+        if self._open:
+            self._abandon()
 
     def _next_piece(self, given: int) -> int:
         """Steps of the next piece; the first one is the prompts and one token.

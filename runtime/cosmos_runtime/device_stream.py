@@ -9,6 +9,7 @@ import ctypes
 import ctypes.util
 import sys
 import threading
+from collections import deque
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -21,6 +22,12 @@ from cosmos_runtime.errors import CosmosRuntimeError, ProviderError
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _STREAM_NON_BLOCKING, _EVENT_DISABLE_TIMING = 1, 2
 _OUT_OF_MEMORY = 2
+
+# Of the process, not of a stream: while any thread captures, CUDA fails what another thread allocates, copies or waits
+# for, on whatever stream; and work that is given to a captured stream goes into the capture instead. Who has it may
+# take it again: a run waits for its results.
+_WORKING = threading.RLock()
+_NOTHING: AbstractContextManager[object] = nullcontext()
 
 
 class DeviceArray:
@@ -83,6 +90,10 @@ class Stream(Protocol):
         """Count them no more."""
         ...
 
+    def working(self) -> AbstractContextManager[object]:
+        """To be held by a thread while it allocates, gives work or waits for it: none does so while one captures."""
+        ...
+
     def capturing(self) -> AbstractContextManager[object]:
         """To be held while a graph is captured: no other thread may then wait for anything."""
         ...
@@ -119,9 +130,13 @@ class HostStream:
     def release(self, size: int) -> None:
         """Nothing was counted."""
 
+    def working(self) -> AbstractContextManager[object]:
+        """Threads need not wait for each other."""
+        return _NOTHING
+
     def capturing(self) -> AbstractContextManager[object]:
         """Nothing is ever captured."""
-        return nullcontext()
+        return _NOTHING
 
 
 class CudaStream:
@@ -137,10 +152,11 @@ class CudaStream:
     def __init__(self, memory_limit: int | None = None) -> None:
         self._driver = Driver()
         self._limit, self._reserved, self._counting = memory_limit, 0, threading.Lock()
+        # A cache is released when it is collected, which may be in the middle of `reserve`: it must not want the lock.
+        self._released: deque[int] = deque()
         stream = ctypes.c_void_p()
         self._driver.call("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
         self._stream = stream
-        self._waiting = threading.Lock()
 
     @property
     def handle(self) -> int:
@@ -173,7 +189,7 @@ class CudaStream:
         event = ctypes.c_void_p()
         self._driver.call("cuEventCreate", ctypes.byref(event), _EVENT_DISABLE_TIMING)
         self._driver.call("cuEventRecord", event, self._stream)
-        return _Event(self._driver, event, target, self._waiting)
+        return _Event(self._driver, event, target)
 
     def host_array(self, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
         """An array in memory that the GPU can write to by itself; freed with its last view."""
@@ -187,26 +203,36 @@ class CudaStream:
     def reserve(self, size: int, what: str) -> None:
         """Count `size` bytes for `what`. Raises: CosmosRuntimeError where that is beyond the limit that was set."""
         with self._counting:
-            if self._limit is not None and self._reserved + size > self._limit:
+            left = self._count_released()
+            if left is not None and size > left:
                 raise CosmosRuntimeError(
-                    f"{what}: {size:,} bytes are wanted, and of a gpu_mem_limit of {self._limit:,} there are "
-                    f"{self._limit - self._reserved:,} left; ask for fewer tokens or rows, or load with a higher limit"
+                    f"{what}: {size:,} bytes are wanted, and of a gpu_mem_limit of {self._limit:,} there are {left:,} "
+                    f"left; ask for fewer tokens or rows, or load with a higher limit"
                 )
             self._reserved += size
 
     def release(self, size: int) -> None:
         """Count them no more."""
-        with self._counting:
-            self._reserved -= size
+        self._released.append(size)
 
     @property
     def memory_left(self) -> int | None:
         """Bytes of the limit that nobody has reserved; None without a limit."""
+        with self._counting:
+            return self._count_released()
+
+    def _count_released(self) -> int | None:
+        while self._released:
+            self._reserved -= self._released.popleft()
         return None if self._limit is None else self._limit - self._reserved
 
+    def working(self) -> AbstractContextManager[object]:
+        """To be held by a thread while it allocates, gives work or waits for it."""
+        return _WORKING
+
     def capturing(self) -> AbstractContextManager[object]:
-        """To be held while a graph is captured: CUDA then fails whatever waits, in any thread."""
-        return self._waiting
+        """To be held while a graph is captured."""
+        return _WORKING
 
     def free_memory(self) -> int:
         """Bytes of the GPU's memory that nobody uses."""
@@ -228,13 +254,11 @@ class _Done:
 class _Event:
     """A point in a stream's work, reached when the copy before it is complete."""
 
-    def __init__(
-        self, driver: "Driver", event: ctypes.c_void_p, target: npt.NDArray[Any], waiting: threading.Lock
-    ) -> None:
-        self._driver, self._event, self._target, self._waiting = driver, event, target, waiting
+    def __init__(self, driver: "Driver", event: ctypes.c_void_p, target: npt.NDArray[Any]) -> None:
+        self._driver, self._event, self._target = driver, event, target
 
     def wait(self) -> npt.NDArray[Any]:
-        with self._waiting:
+        with _WORKING:
             self._driver.call("cuEventSynchronize", self._event)
         return self._target
 

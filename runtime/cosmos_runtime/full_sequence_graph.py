@@ -1,6 +1,8 @@
 """The graph of role `full_sequence`: token ids (B, T) in, logits (B, T, V) of all of them out. Nothing is remembered,
 but by capability heads what they keep from call to call."""
 
+import threading
+
 import numpy as np
 
 from cosmos_runtime.arrays import Floats, TokenIds
@@ -12,9 +14,12 @@ from cosmos_runtime.manifest import GraphSpec, Role
 
 
 class FullSequenceGraph:
-    """A loaded full-sequence graph."""
+    """A loaded full-sequence graph, of which `at_once` runs are computed at a time."""
 
-    def __init__(self, loaded: LoadedGraph, spec: GraphSpec, bundle: Bundle, stream: Stream | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedGraph, spec: GraphSpec, bundle: Bundle, stream: Stream | None = None, *, at_once: int = 2
+    ) -> None:
+        self._long_runs = threading.BoundedSemaphore(at_once)
         self.spec, self.stream = spec, stream or HostStream()
         self._loaded, self._bundle = loaded, bundle
 
@@ -35,10 +40,12 @@ class FullSequenceGraph:
         binding.bind_input(self.spec.input(Role.TOKENS).name, ids)
         binding.bind_output(self.spec.output(Role.LOGITS).name, logits)
         if bank is None:
-            binding.run()
+            with self._long_runs:
+                binding.run()
             return logits, []
         heads = HeadBinding(self.spec, self._bundle.manifest, binding, bank, slice(0, len(ids)))
         heads.prepare(self.stream)
-        binding.run()
+        with self._long_runs:
+            binding.run()
         heads.done()
         return logits, [heads.diagnosis(row) for row in range(len(ids))]

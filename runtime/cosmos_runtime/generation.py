@@ -1,12 +1,13 @@
 """Continue a prompt, token by token (`generate`) or as streamed text (`generate_text`)."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cosmos_runtime.arrays import Floats
+from cosmos_runtime.arrays import Floats, TokenIds
 from cosmos_runtime.binding import HOST
 from cosmos_runtime.continuation import Continuation, FinishReason, Limits
 from cosmos_runtime.decoding import Decoder, new_decoder
@@ -16,6 +17,7 @@ from cosmos_runtime.heads import has_heads
 from cosmos_runtime.lookup import SpeculatingDecoder
 from cosmos_runtime.sampling import Sampling
 from cosmos_runtime.session import Session
+from cosmos_runtime.steps import Steps
 from cosmos_runtime.stopping import StopFilter
 from cosmos_runtime.tokenizer import TextStream, Tokenizer
 from cosmos_runtime.validation import token_count, token_row
@@ -158,14 +160,16 @@ def new_continuation(
     return Continuation(prompt, limits, Sampling.or_greedy(sampling), diagnostics=diagnostics)
 
 
-class Generation(Iterator[int]):
+class Generation(Steps[int]):
     """An iterator of new token ids; made by `generate`.
 
     `prompt`, `tokens`, `sampling`, `finish_reason` and `diagnostics` are those of `Continuation`. The cache lives from
-    the first token to the end, or to `close`.
+    the first token to the end, to `close`, or to an error, after which no token comes. Threads that share an iterator
+    get its tokens one after another, each token once.
     """
 
     def __init__(self, continuation: Continuation, start: Callable[[], Decoder]) -> None:
+        super().__init__()
         self._continuation = continuation
         self._start = start
         self._decoder: Decoder | None = None
@@ -196,15 +200,6 @@ class Generation(Iterator[int]):
         token, or of what ended the answer."""
         return self._continuation.diagnostics
 
-    def __next__(self) -> int:
-        logits = None if self.finish_reason else self._next_logits()
-        token = None if logits is None else self._continuation.choose(logits)
-        if self.finish_reason:
-            self._decoder = None
-        if token is None:
-            raise StopIteration
-        return token
-
     def stop(self) -> None:
         """End here, for a reason that the caller found. May be called from another thread: a step that is being
         computed is given up where that is possible."""
@@ -213,26 +208,45 @@ class Generation(Iterator[int]):
             decoder.cancel()
 
     def close(self) -> None:
-        """End, and free the cache."""
+        """End, and free the cache: now, or when the step that another thread is taking is given up."""
         self.stop()
+        self._end()
+
+    def _step(self) -> int:
+        logits = None if self.finish_reason else self._next_logits()
+        token = None if logits is None else self._continuation.choose(logits)
+        if token is None:
+            raise StopIteration
+        return token
+
+    def _is_last(self) -> bool:
+        return self.finish_reason is not None
+
+    def _free(self) -> None:
         self._decoder = None
 
     def _next_logits(self) -> Floats | None:
         """Logits (V,) of the next position; None where `stop` cancelled them, or the model withheld them."""
+        begun = self._decoder
         try:
-            logits = self._compute()
+            decoder = begun or self._begin()
+            logits = decoder.decode_one_token(self.tokens[-1]) if begun else decoder.prefill(self._prompt_ids)
         except CosmosRuntimeError:
             if self.finish_reason is None:
                 raise
             return None
-        self._continuation.examine(self._decoder.diagnosis if self._decoder else None)
+        self._continuation.examine(decoder.diagnosis)
         return None if self.finish_reason else logits
 
-    def _compute(self) -> Floats:
-        if self._decoder is None:
-            self._decoder = self._start()
-            return self._decoder.prefill(self._continuation.prompt_ids)
-        return self._decoder.decode_one_token(self.tokens[-1])
+    def _begin(self) -> Decoder:
+        decoder = self._decoder = self._start()
+        if self.finish_reason is not None:  # `stop` came in before there was anything to cancel
+            decoder.cancel()
+        return decoder
+
+    @property
+    def _prompt_ids(self) -> TokenIds:
+        return self._continuation.prompt_ids
 
 
 class DeviceGeneration(Generation):
@@ -244,18 +258,11 @@ class DeviceGeneration(Generation):
         self._loop: DeviceLoop | None = None
         self._steps: Iterator[npt.NDArray[np.int64]] | None = None
 
-    def __next__(self) -> int:
+    def _step(self) -> int:
         token = None if self.finish_reason else self._continuation.keep(self._next_token())
-        if self.finish_reason:
-            self._free()
         if token is None:
             raise StopIteration
         return token
-
-    def close(self) -> None:
-        """End, and give the buffers back."""
-        self.stop()
-        self._free()
 
     def _next_token(self) -> int:
         if self._steps is None:
@@ -285,9 +292,8 @@ class TextGeneration(Iterator[str]):
     def __init__(self, generation: Generation, tokenizer: Tokenizer, stop_filter: StopFilter) -> None:
         self.generation = generation
         self.text = ""
-        self._stream = TextStream(tokenizer)
-        self._stop_filter = stop_filter
-        self._pieces = self._run()
+        self._pieces = _pieces_of(generation, TextStream(tokenizer), stop_filter)
+        self._turn = threading.Lock()
 
     @property
     def tokens(self) -> list[int]:
@@ -313,20 +319,25 @@ class TextGeneration(Iterator[str]):
         self.generation.close()
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
-        self.text += piece
+        with self._turn:
+            piece = next(self._pieces)
+            self.text += piece
         return piece
 
-    def _run(self) -> Iterator[str]:
-        for token in self.generation:
-            yield from self._filtered(self._stream.push(token))
-        yield from self._filtered(self._stream.finish())
-        if rest := self._stop_filter.finish():
-            yield rest
 
-    def _filtered(self, text: str) -> Iterator[str]:
-        piece = self._stop_filter.push(text)
-        if self._stop_filter.matched:
-            self.generation.stop()
-        if piece:
-            yield piece
+# No methods of `TextGeneration`: a suspended generator that keeps it would keep itself, and the cache, after both are
+# dropped, until the garbage collector comes.
+def _pieces_of(generation: Generation, stream: TextStream, stop_filter: StopFilter) -> Iterator[str]:
+    for token in generation:
+        yield from _filtered(generation, stop_filter, stream.push(token))
+    yield from _filtered(generation, stop_filter, stream.finish())
+    if rest := stop_filter.finish():
+        yield rest
+
+
+def _filtered(generation: Generation, stop_filter: StopFilter, text: str) -> Iterator[str]:
+    piece = stop_filter.push(text)
+    if stop_filter.matched:
+        generation.stop()
+    if piece:
+        yield piece

@@ -5,6 +5,7 @@
 A call is a run of the model that the heads look at: a prompt, a token. Each row counts its own.
 """
 
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +58,17 @@ class MemoryBank:
     """What the heads keep over a sequence of calls, one row a sequence; `Session.new_memory` makes one.
 
     That is the working memory and, in a decoder, the vector of a row's first token. `calls` (B,) counts the calls of
-    each row so far, and decides which entries of the memory there are. Graphs write into the buffers that they read.
+    each row so far, and decides which entries of the memory there are. Graphs write into the buffers that they read:
+    who has `turn` may have them run.
     """
 
     def __init__(self, graph: GraphSpec, manifest: "Manifest", batch: int, calls: int | None, stream: Stream) -> None:
         self.batch, self.device, self._stream = batch, stream.device, stream
+        self.turn = threading.Lock()
         self.slots, self._size = memory_slots(manifest, calls), memory_slots(manifest)
         self.calls = np.zeros(batch, np.int64)
-        self._arrays = {tensor.name: self._zeros(tensor, stream) for tensor, _ in state_pairs(graph)}
+        with stream.working():
+            self._arrays = {tensor.name: self._zeros(tensor, stream) for tensor, _ in state_pairs(graph)}
         self._roles = {tensor.name: tensor.role for tensor, _ in state_pairs(graph)}
 
     @property
@@ -83,7 +87,8 @@ class MemoryBank:
                 wanted = np.ascontiguousarray(given, array.dtype)
                 if wanted.shape != array.shape:
                     raise InputError(f"restore: expected {role} of shape {array.shape}, got {wanted.shape}")
-                self._stream.upload(wanted, array)
+                with self._stream.working():
+                    self._stream.upload(wanted, array)
         self.calls[:] = calls
 
     def check_room(self, rows: slice) -> None:

@@ -1,6 +1,8 @@
 """A bundle loaded onto a device, ready to compute logits."""
 
 import os
+import threading
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +24,7 @@ from cosmos_runtime.manifest import DECODER, FULL_SEQUENCE, MANIFEST_NAME, ONNX,
 from cosmos_runtime.providers import create_inference_session, open_stream
 from cosmos_runtime.quoting import quoted
 from cosmos_runtime.signature import check_decoder, check_full_sequence, check_signature
-from cosmos_runtime.threads import thread_count
+from cosmos_runtime.threads import runs_at_once, thread_count
 from cosmos_runtime.tokenizer import Tokenizer
 from cosmos_runtime.validation import check_fixed_axes, token_batch, token_count
 
@@ -69,7 +71,7 @@ def load(
     )
     check_signature(inference, spec)
     loaded = OnnxGraph(inference) if kernels is None else KernelGraph(inference, spec, kernels)
-    return session_on(loaded, opened, name, provider=provider, stream=stream)
+    return session_on(loaded, opened, name, provider=provider, stream=stream, threads=threads)
 
 
 def choose_graph(manifest: Manifest, name: str | None = None) -> tuple[str, GraphSpec]:
@@ -85,14 +87,22 @@ def choose_graph(manifest: Manifest, name: str | None = None) -> tuple[str, Grap
 
 
 def session_on(
-    graph: LoadedGraph, bundle: Bundle, name: str, *, provider: str = "cpu", stream: Stream | None = None
+    graph: LoadedGraph,
+    bundle: Bundle,
+    name: str,
+    *,
+    provider: str = "cpu",
+    stream: Stream | None = None,
+    threads: int | None = None,
 ) -> "Session":
     """A session over a bundle's graph `name` that some engine has loaded.
 
-    `load` is this with ONNX Runtime, and whatever generates or scores with a session does so with any engine.
+    `load` is this with ONNX Runtime, and whatever generates or scores with a session does so with any engine. `threads`
+    are those that one run of the engine computes with, None for all.
     """
     make = DecoderGraph if name == DECODER else FullSequenceGraph
-    return Session(bundle, provider, make(graph, bundle.manifest.graph(name), bundle, stream))
+    at_once = runs_at_once(threads)
+    return Session(bundle, provider, make(graph, bundle.manifest.graph(name), bundle, stream, at_once=at_once))
 
 
 class Output(NamedTuple):
@@ -109,21 +119,36 @@ class Output(NamedTuple):
 
 
 class Session:
-    """A loaded model; made by `load`. Logits depend on the arguments alone: a session keeps no state between calls."""
+    """A loaded model; made by `load`. Logits depend on the arguments alone: a session keeps no state between calls.
+
+    Any number of threads may use it at once (see docs/UNDER_LOAD.md).
+    """
 
     def __init__(self, bundle: Bundle, provider: str, graph: DecoderGraph | FullSequenceGraph) -> None:
         self.bundle = bundle
         self.provider = provider
         self.graph = graph
+        self._making = threading.RLock()  # `cached_property` has no lock of its own
 
     @property
     def manifest(self) -> Manifest:
         """The bundle's manifest."""
         return self.bundle.manifest
 
-    @cached_property
+    @property
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer, read on first use. Raises: TokenizerError where the bundle has none that fits it."""
+        with self._making:
+            return self._tokenizer
+
+    @property
+    def device_loops(self) -> "DeviceLoops | None":
+        """What decodes without asking the host at every token; None where the bundle has nothing for that."""
+        with self._making:
+            return self._device_loops
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
         name = self.manifest.tokenizer
         if name is None:
             raise TokenizerError(
@@ -133,8 +158,7 @@ class Session:
         return Tokenizer.from_file(self.bundle.file(name), vocab_size=self.manifest.vocab_size)
 
     @cached_property
-    def device_loops(self) -> "DeviceLoops | None":
-        """What decodes without asking the host at every token; None where the bundle has nothing for that."""
+    def _device_loops(self) -> "DeviceLoops | None":
         if not isinstance(self.graph, DecoderGraph) or not has_device_loop(self.manifest):
             return None
         from cosmos_runtime.device_loop import DeviceLoops
@@ -152,13 +176,15 @@ class Session:
         """What the model makes of ids (B, T) or (T,): logits, and what its capability heads found of each row.
 
         `memory` (see `new_memory`) carries what earlier calls stored, and is updated; without it a call starts from an
-        empty one. A plain decoder has no heads, finds nothing and remembers nothing.
+        empty one. A plain decoder has no heads, finds nothing and remembers nothing. Calls of several threads with one
+        memory are made one after another, in an order that is theirs to keep.
 
         Raises: InputError for ids or a memory that do not fit, CosmosRuntimeError where the computation fails.
         """
         ids = self._checked(input_ids)
         bank = self.graph.new_memory(len(ids), calls=1) if memory is None else self._fitting(memory, len(ids))
-        logits, diagnoses = self.graph.call(ids, bank)
+        with nullcontext() if bank is None else bank.turn:
+            logits, diagnoses = self.graph.call(ids, bank)
         return Output(logits.astype(np.float32, copy=False), diagnoses)
 
     def new_memory(self, batch: int, calls: int | None = None) -> MemoryBank:

@@ -22,6 +22,15 @@ def thread_count(threads: int | None) -> int:
     return threads
 
 
+def runs_at_once(threads: int | None) -> int:
+    """How many long runs (of a prompt, of a whole sequence) a session computes at once, each with `threads`.
+
+    More than the cores can do would end no sooner, and each takes memory for its activations. Two at least: one
+    computes where the other has work for a single thread.
+    """
+    return max(_usable_cores() // (threads or _usable_cores()), 2)
+
+
 def _usable_cores() -> int:
     if not hasattr(os, "sched_getaffinity"):  # Windows, macOS
         return os.cpu_count() or 1
