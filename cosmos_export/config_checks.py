@@ -10,7 +10,17 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from cosmos_runtime import EVALUATION_CHECKS, SAFETY_CHECKS, SAFETY_LEVELS, quoted, strict_json
+from cosmos_runtime import (
+    EVALUATION_CHECKS,
+    LARGEST_MEMORY,
+    LARGEST_VOCABULARY,
+    LONGEST_SEQUENCE,
+    MOST_MODULES,
+    SAFETY_CHECKS,
+    SAFETY_LEVELS,
+    quoted,
+    strict_json,
+)
 
 if TYPE_CHECKING:
     from cosmos_export.config import CosmosAdvancedConfig
@@ -23,8 +33,8 @@ _LARGEST = {
     "n_kv_heads": 2**10,
     "head_dim": 2**10,
     "hidden_dim": 2**20,
-    "vocab_size": 2**22,
-    "max_sequence_length": 2**24,
+    "vocab_size": LARGEST_VOCABULARY,
+    "max_sequence_length": LONGEST_SEQUENCE,
 }
 GEOMETRY = tuple(_LARGEST)
 _MOST_PARAMETERS = 10**12
@@ -33,14 +43,11 @@ _MOST_ANGLES = 2**27
 # Norms and rotary frequencies are float32 arithmetic, which has room for these and their inverses.
 _SMALLEST_FLOAT, _LARGEST_FLOAT = 1e-30, 1e30
 
-# What the capability heads are built from and read; a group's other settings are only carried. Each of these counts is
-# of modules that are built and traced one by one.
+# What the capability heads are built from and read; a group's other settings are only carried.
 _COUNTS = {
     "reasoning": ("thinking_depth", "reasoning_steps", "multi_path_exploration", "consistency_checks"),
     "evaluation": ("verification_depth",),
 }
-_MOST_MODULES = 256
-_LARGEST_MEMORY = 2**20
 _SWITCHES = {
     "reasoning": ("extended_thinking",),
     "memory": ("episodic_memory",),
@@ -117,8 +124,8 @@ def _capability_problems(config: CosmosAdvancedConfig) -> Iterator[str]:
     for name, value in _settings_of(config, _COUNTS):
         if not _is_integer(value) or value < 1:
             yield f"{name} must be a positive integer, got {quoted(value)}"
-        elif value > _MOST_MODULES:
-            yield f"{name} must be at most {_MOST_MODULES}, got {quoted(value)}"
+        elif value > MOST_MODULES:
+            yield f"{name} must be at most {MOST_MODULES}, got {quoted(value)}"
     for name, value in _settings_of(config, _SWITCHES):
         if not isinstance(value, bool):
             yield f"{name} must be true or false, got {quoted(value)}"
@@ -131,8 +138,8 @@ def _capability_problems(config: CosmosAdvancedConfig) -> Iterator[str]:
     size, threshold = config.memory.working_memory_size, config.evaluation.confidence_threshold
     if not _is_integer(size) or size < 0:
         yield f"memory.working_memory_size must be an integer, 0 (none) or more, got {quoted(size)}"
-    elif size > _LARGEST_MEMORY:
-        yield f"memory.working_memory_size must be at most {_LARGEST_MEMORY}, got {quoted(size)}"
+    elif size > LARGEST_MEMORY:
+        yield f"memory.working_memory_size must be at most {LARGEST_MEMORY}, got {quoted(size)}"
     if not _is_number(threshold) or not 0 <= threshold <= 1:
         yield f"evaluation.confidence_threshold must be a number from 0 to 1, got {quoted(threshold)}"
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cosmos_runtime.batch_decoding import BatchDecoder, new_batch_decoder
     from cosmos_runtime.batch_generation import BatchGeneration, generate_batch
     from cosmos_runtime.binding import Binding, LoadedGraph, Memory
+    from cosmos_runtime.bounds import LARGEST_MEMORY, LARGEST_VOCABULARY, LONGEST_SEQUENCE, MOST_MODULES
     from cosmos_runtime.bundle import Bundle
     from cosmos_runtime.checking import CheckedBundle, Finding, check_bundle
     from cosmos_runtime.cli.generate import new_generate_command
@@ -75,7 +76,11 @@ __all__ = [
     "GRAPH_FORMATS",
     "KERNELS_NAME",
     "LABELS",
+    "LARGEST_MEMORY",
+    "LARGEST_VOCABULARY",
+    "LONGEST_SEQUENCE",
     "MANIFEST_NAME",
+    "MOST_MODULES",
     "ONNX",
     "PT2",
     "SAFETY_CHECKS",
@@ -146,6 +151,7 @@ _PUBLIC_NAMES = {
     "batch_generation": ("BatchGeneration", "generate_batch"),
     "batch_decoding": ("BatchDecoder", "new_batch_decoder"),
     "binding": ("Binding", "LoadedGraph", "Memory"),
+    "bounds": ("LARGEST_MEMORY", "LARGEST_VOCABULARY", "LONGEST_SEQUENCE", "MOST_MODULES"),
     "bundle": ("Bundle",),
     "checking": ("CheckedBundle", "Finding", "check_bundle"),
     "cli.generate": ("new_generate_command",),

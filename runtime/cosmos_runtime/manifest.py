@@ -10,7 +10,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from cosmos_runtime.bounds import LARGEST_MEMORY, LARGEST_VOCABULARY, LONGEST_SEQUENCE
 from cosmos_runtime.errors import BundleError
+from cosmos_runtime.head_settings import check_head_settings
 from cosmos_runtime.json_fields import Fields, parse_object
 from cosmos_runtime.manifest_digest import (
     DIGEST,
@@ -280,8 +282,8 @@ def _recipe(fields: Fields) -> dict[str, Any]:
 
 
 def _model(fields: Fields) -> dict[str, Any]:
-    fields.integer("vocab_size", minimum=1)
-    fields.integer("max_sequence_length", minimum=1)
+    fields.integer("vocab_size", minimum=1, maximum=LARGEST_VOCABULARY)
+    fields.integer("max_sequence_length", minimum=1, maximum=LONGEST_SEQUENCE)
     fields.boolean("causal")
     fields.text("head")
     fields.integer("parameters")
@@ -367,10 +369,10 @@ def _capabilities(fields: Fields) -> dict[str, Any] | None:
     names, settings = heads.value("names"), heads.object("settings").children()
     if not isinstance(names, list) or names != list(settings) or not set(names) <= set(CAPABILITIES):
         heads.fail("names", f"those of the settings, out of {', '.join(CAPABILITIES)}", names)
+    check_head_settings(heads.object("settings"))
     memory = heads.optional_object("memory")
     if memory is not None:
-        memory.integer("least")
-        memory.integer("size", minimum=memory.integer("least"))
+        memory.integer("size", minimum=memory.integer("least"), maximum=LARGEST_MEMORY)
     return heads.as_dict()
 
 

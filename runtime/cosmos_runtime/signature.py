@@ -32,8 +32,11 @@ class _Session(Protocol):
 
 def check_signature(session: _Session, graph: GraphSpec) -> None:
     """Compare names, types, ranks and fixed sizes. Raises: BundleError naming the tensor that differs."""
-    _check_tensors(_inputs(session, graph), graph.inputs, f"{graph.file}: inputs")
-    _check_tensors(session.get_outputs(), graph.outputs, f"{graph.file}: outputs")
+    try:
+        _check_tensors(_inputs(session, graph), graph.inputs, f"{graph.file}: inputs")
+        _check_tensors(session.get_outputs(), graph.outputs, f"{graph.file}: outputs")
+    except UnicodeDecodeError as error:  # ONNX Runtime takes any bytes for a name
+        raise BundleError(f"{graph.file}: a name in it is not UTF-8: {error}; export the bundle again") from error
 
 
 def check_full_sequence(graph: GraphSpec, vocab_size: int) -> None:
