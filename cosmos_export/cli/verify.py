@@ -21,6 +21,11 @@ from cosmos_export.cli.group import EXIT_ERROR
 )
 @click.option("--quick", is_flag=True, help="Only sequences of up to 256 tokens.")
 @click.option(
+    "--layers",
+    is_flag=True,
+    help="One layer of the model in memory at a time; default where the whole model in float64 would not fit.",
+)
+@click.option(
     "--text",
     type=click.File(encoding="utf-8"),
     help="Also measure divergence and perplexity on this file; default for a quantised bundle: text it writes itself.",
@@ -42,6 +47,7 @@ def verify_command(
     bundle: Path,
     checkpoint: Path | None,
     quick: bool,
+    layers: bool,
     text: TextIO | None,
     provider: str,
     trusted: bool,
@@ -56,8 +62,12 @@ def verify_command(
     Examples:
       cosmos-export verify bundles/demo-fp32
       cosmos-export verify my-bundle --checkpoint my-model --json report.json
+      cosmos-export verify a-large-bundle --layers
     """
-    from cosmos_export.cli.terminal import print_report, shown_progress
+    if quick and layers:
+        raise click.UsageError("--quick and --layers each say how much to compare: give one of them.")
+    from cosmos_export.cli.stages import shown_progress
+    from cosmos_export.cli.terminal import print_report
     from cosmos_export.parity.source import checkpoint_of
     from cosmos_export.parity.verify import Effort, verify_bundle
     from cosmos_runtime import Bundle
@@ -71,7 +81,7 @@ def verify_command(
             bundle,
             checkpoint_of(opened.manifest, checkpoint),
             causal=opened.manifest.model["causal"],
-            effort=Effort.QUICK if quick else Effort.FULL,
+            effort=Effort.LAYERS if layers else Effort.QUICK if quick else Effort.FULL,
             provider=provider,
             text=text.read() if text else None,
             trusted=True,  # hashed above, or declared so

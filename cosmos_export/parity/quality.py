@@ -5,7 +5,7 @@ Parity asks whether the graph computes what it should; this asks how far that is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,14 +54,36 @@ def measure_quality(
     named = rows is not None
     rows = rows if rows is not None else sampled_text(session)
     compared = list(_compared(session, checkpoint, rows, causal))
+    written = "the text given" if named else "text sampled from the bundle"
+    return _quality(compared, written, session.manifest.recipe["precision"], checkpoint, gated=True)
+
+
+def quality_of(
+    rows: Sequence[tuple[NDArray, NDArray, TokenIds]], text: str, precision: str, checkpoint: Checkpoint, *, gated: bool
+) -> Quality | None:
+    """The same of logits (N, V) that are there already: the bundle's, the float32 model's, and the tokens (N,) that
+    came next, row by row. `gated` says whether the precision's gate applies to such a text."""
+    return _quality([_compare(*row) for row in rows], text, precision, checkpoint, gated=gated)
+
+
+def _quality(
+    compared: Sequence[tuple[NDArray, NDArray, NDArray, NDArray]],
+    text: str,
+    precision: str,
+    checkpoint: Checkpoint,
+    *,
+    gated: bool,
+) -> Quality | None:
+    if not compared:
+        return None
     divergence, same, nats, model_nats = (np.concatenate(part) for part in zip(*compared, strict=True))
     if not len(divergence):
         return None
     mean, agreement = float(divergence.mean()), float(same.mean())
-    gate = QUALITY_GATES.get(session.manifest.recipe["precision"])
-    applies = gate is not None and checkpoint.origin.get("kind") == "checkpoint"
+    gate = QUALITY_GATES.get(precision)
+    applies = gated and gate is not None and checkpoint.origin.get("kind") == "checkpoint"
     return Quality(
-        text="the text given" if named else "text sampled from the bundle",
+        text=text,
         tokens=len(divergence),
         mean_kl_divergence=mean,
         kl_divergence_999=float(np.quantile(divergence, 0.999)),

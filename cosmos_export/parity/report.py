@@ -7,9 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cosmos_export.parity.cases import Skipped
-from cosmos_export.parity.gates import LOGIT_GATES, QUALITY_GATES, Arithmetic, Verdict
+from cosmos_export.parity.gates import LOGIT_GATES, PIECE_GATES, QUALITY_GATES, Arithmetic, Verdict
 from cosmos_export.parity.quality import Quality
 from cosmos_export.parity.stored import StoredTensors
+
+# How a model is compared.
+WHOLE_GRAPH, LAYER_BY_LAYER = "whole graph", "layer by layer"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,21 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
+class PieceResult:
+    """One piece of the model (embedding, a layer, norm and logits), alone on float64's own input: the measurement that
+    is nearest to its gate, and the case that it is of."""
+
+    name: str
+    arithmetic: Arithmetic
+    case: str
+    measurement: Measurement
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.measurement.verdict
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """Everything that was compared, and the verdict."""
 
@@ -64,13 +82,26 @@ class ParityReport:
     quality: Quality | None = None
     warnings: tuple[str, ...] = ()
     """What does not fail the bundle, and its user should know."""
+    pieces: tuple[PieceResult, ...] = ()
+    """Of a model that was compared layer by layer; the cases are then those of its chained pieces."""
+
+    @property
+    def layer_by_layer(self) -> bool:
+        """Whether the model was never whole in memory."""
+        return bool(self.pieces)
+
+    @property
+    def failed_pieces(self) -> list[PieceResult]:
+        return [piece for piece in self.pieces if piece.verdict is Verdict.FAIL]
 
     @property
     def passed(self) -> bool:
         """True when every stored tensor is equal, no case failed and quality holds. No case at all is not a pass."""
         stored = bool(self.stored) and all(s.passed for s in self.stored)
         cases = bool(self.cases) and not any(c.verdict is Verdict.FAIL for c in self.cases)
-        return stored and cases and (self.quality is None or self.quality.passed is not False)
+        return (
+            stored and cases and not self.failed_pieces and (self.quality is None or self.quality.passed is not False)
+        )
 
     @property
     def stored_equal(self) -> int:
@@ -93,6 +124,11 @@ class ParityReport:
         """The longest sequence that was run, in tokens."""
         return max((c.length for c in self.cases), default=0)
 
+    @property
+    def mode(self) -> str:
+        """How the model was compared."""
+        return LAYER_BY_LAYER if self.layer_by_layer else WHOLE_GRAPH
+
     def count(self, verdict: Verdict) -> int:
         return sum(c.verdict is verdict for c in self.cases)
 
@@ -103,6 +139,13 @@ class ParityReport:
         if not self.cases:
             return "no case was run, so nothing is proven"
         failed = [c for c in self.cases if c.verdict is Verdict.FAIL]
+        if self.failed_pieces:
+            first = self.failed_pieces[0]
+            return (
+                f"layer by layer: {first.name} alone is wrong ({len(self.failed_pieces)} of {len(self.pieces)} "
+                f"comparisons failed): error {first.measurement.error:.3g} where the gate allows "
+                f"{first.measurement.allowed:.3g}"
+            )
         if failed:
             worst = max(failed, key=lambda c: gate_share(c.worst)).worst
             return (
@@ -119,9 +162,11 @@ class ParityReport:
         ties = f", {ambiguous} of them with a best token that changed at a near tie" if ambiguous else ""
         model = "float64 on the rounded weights" if self.precision in QUALITY_GATES else "float64"
         quality = "" if self.quality is None else f"; against the model before rounding: {_quality_words(self.quality)}"
+        pieces = len({piece.name for piece in self.pieces})
+        layers = f"layer by layer: each of {pieces} pieces alone, and " if pieces else ""
         return (
-            f"{len(self.cases)} cases up to {self.longest} of {self.max_sequence_length} tokens equal {model} within "
-            f"the gate{ties} (largest error {share:.0%} of what it allows); "
+            f"{layers}{len(self.cases)} cases up to {self.longest} of {self.max_sequence_length} tokens equal {model} "
+            f"within the gate{ties} (largest error {share:.0%} of what it allows); "
             f"{self.stored_equal} stored tensors {self.stored_kind}{quality}"
         )
 
@@ -133,6 +178,7 @@ class ParityReport:
             "source": self.source,
             "precision": self.precision,
             "gates": self._gates(),
+            "mode": self.mode,
             "provider": self.provider,
             "versions": self.versions,
             "longest_sequence": self.longest,
@@ -144,6 +190,7 @@ class ParityReport:
                 "problems": self.stored_problems,
             },
             "cases": [_case_dict(c) for c in self.cases],
+            "pieces": [_piece_dict(p) for p in self.pieces],
             "skipped": [asdict(s) for s in self.skipped],
             "quality": _finite_dict(asdict(self.quality)) if self.quality else None,
             "warnings": list(self.warnings),
@@ -155,6 +202,7 @@ class ParityReport:
         return {
             "passed": self.passed,
             "reference": "eager PyTorch model in float64",
+            "mode": self.mode,
             "gates": self._gates(),
             "provider": self.provider,
             "versions": self.versions,
@@ -171,6 +219,7 @@ class ParityReport:
     def _gates(self) -> dict[str, Any]:
         gates: dict[str, Any] = {a: asdict(LOGIT_GATES[a]) for a in dict.fromkeys(c.arithmetic for c in self.cases)}
         quality = QUALITY_GATES.get(self.precision)
+        gates |= {f"piece, {a}": asdict(PIECE_GATES[a]) for a in dict.fromkeys(p.arithmetic for p in self.pieces)}
         return gates | ({"quality": asdict(quality)} if quality else {})
 
 
@@ -192,6 +241,11 @@ def gate_share(measurement: Measurement) -> float:
 def _case_dict(case: CaseResult) -> dict[str, Any]:
     measurements = [_finite_dict(asdict(m)) for m in case.measurements]
     return {**asdict(case), "measurements": measurements, "verdict": case.verdict}
+
+
+def _piece_dict(piece: PieceResult) -> dict[str, Any]:
+    measurement = _finite_dict(asdict(piece.measurement))
+    return {"name": piece.name, "arithmetic": piece.arithmetic, "case": piece.case, **measurement}
 
 
 def _finite_dict(values: dict[str, Any]) -> dict[str, Any]:

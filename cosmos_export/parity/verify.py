@@ -15,34 +15,36 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.parity import metrics
 from cosmos_export.parity.arithmetic import arithmetic_of, float32_activations
 from cosmos_export.parity.calibrated import strayed, with_stored_levels
 from cosmos_export.parity.calls import build_sequences
 from cosmos_export.parity.cases import Case, Skipped, build_cases
-from cosmos_export.parity.gates import LOGIT_GATES, QUALITY_GATES, Arithmetic, LogitGate, judge
+from cosmos_export.parity.compared_logits import case_result
+from cosmos_export.parity.gates import QUALITY_GATES, Arithmetic
 from cosmos_export.parity.heads_reference import HeadsReference
 from cosmos_export.parity.heads_verify import compare_calls
+from cosmos_export.parity.layered_report import too_large, verify_layers
 from cosmos_export.parity.quality import measure_quality, rows_of_text
 from cosmos_export.parity.reference import EagerReference
-from cosmos_export.parity.report import CaseResult, Measurement, ParityReport
+from cosmos_export.parity.report import CaseResult, ParityReport
 from cosmos_export.parity.stepwise import ragged_case, ragged_logits, stepwise_cases, stepwise_logits
 from cosmos_export.parity.stored import compare_stored
 from cosmos_export.parity.stored_programs import compare_program
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.torch_programs.sessions import load_session
-from cosmos_runtime import DECODER, ONNX, SAMPLER, Session, load
-
-# Where errors are looked at: a fault at the first or last position must not hide behind the others' larger range.
-_POSITIONS = {"all": slice(None), "first": slice(0, 1), "last": slice(-1, None)}
+from cosmos_runtime import DECODER, ONNX, SAMPLER, Bundle, Session, load
 
 
 class Effort(StrEnum):
-    """How much to verify: every length up to the maximum, short sequences only, or nothing."""
+    """How much to verify: every length up to the maximum, short sequences only, one layer at a time, or nothing.
+
+    Where the model is too large to be held whole in float64, FULL and QUICK are LAYERS.
+    """
 
     FULL = "full"
     QUICK = "quick"
+    LAYERS = "layers"
     OFF = "off"
 
 
@@ -73,6 +75,9 @@ def verify_bundle(
     Raises the runtime's errors when the bundle cannot be run at all, CheckpointError when the checkpoint does not load.
     """
     folder, progress = Path(folder), progress or Silent()
+    bundle = Bundle.open(folder)
+    if effort is Effort.LAYERS or too_large(bundle.manifest, checkpoint, progress):
+        return verify_layers(bundle, checkpoint, causal=causal, provider=provider, text=text, progress=progress)
     session = load_session(folder, provider=provider, trusted=trusted)
     manifest = session.manifest
     recipe = ExportRecipe.from_manifest(manifest.recipe)
@@ -199,31 +204,7 @@ def _run(
         exact = reference.exact(ids)[:, trial.since :]
         for arithmetic, session in sessions.items():
             eager = reference.eager(ids, arithmetic)[:, trial.since :]
-            results[arithmetic].append(_result(trial.case, arithmetic, trial.run(session), exact, eager))
+            compared = case_result(trial.case.name, ids.shape, arithmetic, trial.run(session), exact, eager)
+            results[arithmetic].append(compared)
     progress.update(len(trials), len(trials))
     return [result for per_session in results.values() for result in per_session]
-
-
-def _result(case: Case, arithmetic: Arithmetic, actual: NDArray, exact: NDArray, eager: NDArray) -> CaseResult:
-    batch, length = case.input_ids.shape
-    gate = LOGIT_GATES[arithmetic]
-    return CaseResult(
-        name=case.name,
-        arithmetic=arithmetic,
-        batch=batch,
-        length=length,
-        measurements=tuple(
-            _measure(positions, actual[:, part], exact[:, part], eager[:, part], gate)
-            for positions, part in _POSITIONS.items()
-        ),
-        nonfinite=metrics.nonfinite_count(actual),
-        top1_changes=int(metrics.top1_differs(actual, exact).sum()),
-    )
-
-
-def _measure(positions: str, actual: NDArray, exact: NDArray, eager: NDArray, gate: LogitGate) -> Measurement:
-    error, eager_error = metrics.max_abs_error(actual, exact), metrics.max_abs_error(eager, exact)
-    allowed = gate.allowed(eager_error, metrics.value_range(exact))
-    changed = metrics.top1_differs(actual, exact)
-    margin = float(np.max(metrics.top1_margins(exact)[changed])) if changed.any() else None
-    return Measurement(positions, error, eager_error, allowed, judge(error, allowed, margin))
