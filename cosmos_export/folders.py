@@ -76,6 +76,16 @@ def exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(one), None, str(other))
 
 
+def require_room(folder: Path, size: int) -> None:
+    """For writers that end the whole process when the disk is full, as PyTorch's do.
+
+    Raises OSError (ENOSPC) where there are not `size` bytes left for what is written into `folder`.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({size:,} bytes needed, {free:,} free)", str(folder))
+
+
 def sync(folder: Path) -> None:
     """Waits until a folder and all that is in it lie on the disk. Raises OSError, such as that of a full one."""
     for path in (*sorted(folder.rglob("*")), folder):

@@ -11,6 +11,7 @@ from torch import nn
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
+from cosmos_export.folders import require_room
 from cosmos_export.model.backbone import CosmosBackbone
 from cosmos_export.model.loading import load_decoder, load_model
 from cosmos_export.model.tensors_read import tensors_read
@@ -27,6 +28,9 @@ from cosmos_runtime import TORCHSCRIPT, GraphSpec, Role
 
 # The file of a bundle, by its format.
 FILES = {"torchscript": "model.pt", "pt2": "model.pt2"}
+
+# What a program takes beside its weights: a few hundred kilobytes; more of heads and many layers.
+_ROOM_FOR_CODE = 8 << 20
 
 
 def write_torch_program(
@@ -45,6 +49,7 @@ def write_torch_program(
     config = checkpoint.config
     spec = program_spec(graph, config, recipe, capabilities)
     model = load(checkpoint, recipe, causal=causal, capabilities=capabilities)
+    require_room(folder, _room(model, recipe))
     with explained_once():
         model = _prepared(model, recipe)
     program = TorchProgram.around(model, graph, spec)
@@ -57,6 +62,15 @@ def write_torch_program(
         if recipe.dialect == INDUCTOR:
             compile_program(exported, folder)
     return {graph: spec}
+
+
+def _room(model: nn.Module, recipe: ExportRecipe) -> int:
+    """About how many bytes the program of a model will take."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if recipe.quantization is not None:
+        size = size * recipe.quantization.bits // 32
+    return size * (2 if recipe.dialect == INDUCTOR else 1) + _ROOM_FOR_CODE
 
 
 def program_spec(
