@@ -49,19 +49,19 @@ class Victim:
     """A process of `victim.py`; started anew after it died or hung."""
 
     def __init__(self, kind: str, timeout: float = 120) -> None:
-        self._kind, self._timeout = kind, timeout
+        self._kind, self.timeout = kind, timeout
         self._process: subprocess.Popen[str] | None = None
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the victim)
 
     def meet(self, folder: Path) -> Ending:
         """Hands it a folder, and waits for what becomes of it."""
-        process = self._running()
+        process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps({"folder": str(folder)}) + "\n")
             process.stdin.flush()
-        ready, _, _ = select.select([process.stdout], [], [], self._timeout)
+        ready, _, _ = select.select([process.stdout], [], [], self.timeout)
         answer = process.stdout.readline() if ready else ""
         if answer:
             found: dict[str, Any] = json.loads(answer)
@@ -76,7 +76,9 @@ class Victim:
             self._process = None
         self._said.close()
 
-    def _running(self) -> subprocess.Popen[str]:
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        """The process, started where it does not run."""
         if self._process is None:
             environment = {
                 **os.environ,
@@ -96,15 +98,15 @@ class Victim:
         return self._process
 
     def _death(self, *, hung: bool) -> Ending:
-        process = self._process
-        assert process is not None
-        process.kill() if hung else None
+        process = self.process
+        if hung:
+            process.kill()
         process.communicate()
         self._process = None
         self._said.seek(0)
         said = self._said.read().decode(errors="replace")[-2000:]
         if hung:
-            return Ending("hung", message=f"no answer in {self._timeout} s; it said: {said}")
+            return Ending("hung", message=f"no answer in {self.timeout} s; it said: {said}")
         code = process.returncode
         return Ending("died", signal.Signals(-code).name if code < 0 else f"exit {code}", f"it said: {said}")
 
