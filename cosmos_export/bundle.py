@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from cosmos_export.folders import (
 from cosmos_export.model.capabilities import diagnostic_settings, entries_read
 from cosmos_export.model.loading import parameter_count
 from cosmos_export.onnx.signature import weights_file
+from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import (
     MANIFEST_NAME,
@@ -83,18 +85,35 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             sync(staging)
             _put_in_place(staging, target, overwrite)
         except OSError as error:
-            if error.errno not in _FULL:
+            if not _is_full(error):
                 raise
             raise _disk_full(target, error) from error
 
 
-def write_graph(folder: Path, graph: str, file: str, model: ir.Model, *, external_from: int | None = None) -> None:
+def write_graph(
+    folder: Path,
+    graph: str,
+    file: str,
+    model: ir.Model,
+    *,
+    external_from: int | None = None,
+    progress: Progress | None = None,
+) -> None:
     """Writes one graph and its weights, tensor by tensor as they are read; those of fewer than `external_from` bytes
-    into the graph's file."""
+    into the graph's file. `progress` hears of every tensor's bytes."""
     import onnx_ir as ir  # which who opens a PyTorch program has no use for
 
     smallest = _EXTERNAL_FROM_BYTES if external_from is None else external_from
-    ir.save(model, folder / file, external_data=weights_file(graph), size_threshold_bytes=smallest)
+    sizes = [value.const_value.nbytes for g in model.graphs() for value in g.initializers.values() if value.const_value]
+    total, progress = sum(size for size in sizes if size > smallest), progress or Silent()
+    ir.save(
+        model,
+        folder / file,
+        external_data=weights_file(graph),
+        size_threshold_bytes=smallest,
+        callback=lambda _, written: progress.wrote(written.offset, total),
+    )
+    progress.wrote(total, total)
 
 
 def write_companions(folder: Path, checkpoint: Checkpoint) -> None:
@@ -242,8 +261,13 @@ def _replace_in_two_steps(staging: Path, target: Path) -> None:
             raise
 
 
+def _is_full(error: OSError) -> bool:
+    """Whether an error says that the disk took no more; numpy's says it in words alone."""
+    return error.errno in _FULL or (error.errno is None and "requested and" in str(error))
+
+
 def _disk_full(target: Path, error: OSError) -> TargetError:
+    reason = error.strerror or f"{os.strerror(errno.ENOSPC)} (bytes: {error})"
     return TargetError(
-        f"{target} cannot be written: {error.strerror}; free some room there, or give another --out. Nothing was left "
-        f"behind"
+        f"{target} cannot be written: {reason}; free some room there, or give another --out. Nothing was left behind"
     )

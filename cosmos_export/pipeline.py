@@ -9,8 +9,8 @@ its place only when it has been proven, so a failed export leaves nothing behind
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cosmos_export.bundle import record_parity, seal, staged_folder, write_companions, write_graph
@@ -34,17 +34,20 @@ from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
+from cosmos_export.stopwatch import CALIBRATING, SEALING, TRACING, VERIFYING, WRITING, Stopwatch
 from cosmos_export.torch_programs.torchscript import EXPLAINED
 from cosmos_runtime import DECODER, DEVICE_LOOP, ONNX, TORCHSCRIPT, GraphSpec, Manifest
 
 
 @dataclass(frozen=True)
 class ExportedBundle:
-    """A finished export: where it is, what its manifest says, and what was proven (None when that was switched off)."""
+    """A finished export: where it is, what its manifest says, what was proven (None when that was switched off), and
+    where the seconds went: reading, quantising and writing the weights, and the rest, each counted once."""
 
     path: Path
     manifest: Manifest
     report: ParityReport | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def export_bundle(
@@ -72,16 +75,20 @@ def export_bundle(
     require_weights(checkpoint, heads)  # before anything is traced
     check_tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)
     recipe = _for_heads(recipe, heads, progress)
-    with staged_folder(out, overwrite=overwrite) as folder:
-        checkpoint, recipe = _calibrated(checkpoint, recipe, calibration_text, progress)
-        manifest = _build(folder, out.name, checkpoint, recipe, causal, heads, progress)
+    stopwatch = Stopwatch()
+    # What is not otherwise counted is sealing: hashing, and, when the block ends, waiting until all is on the disk.
+    with stopwatch.during(SEALING), staged_folder(out, overwrite=overwrite) as folder:
+        with stopwatch.during(CALIBRATING):
+            checkpoint, recipe = _calibrated(checkpoint, recipe, calibration_text, progress)
+        manifest = _build(folder, out.name, checkpoint, recipe, causal, heads, progress, stopwatch)
         report = None
         if effort is not Effort.OFF:
-            report = verify_bundle(folder, checkpoint, causal=causal, effort=effort, progress=progress)
+            with stopwatch.during(VERIFYING):
+                report = verify_bundle(folder, checkpoint, causal=causal, effort=effort, progress=progress)
             if not report.passed:
                 raise ParityError(f"the exported graph is not equal to the model: {report.summary()}", report)
             manifest = record_parity(folder, manifest, report.digest())
-    return ExportedBundle(out, manifest, report)
+    return ExportedBundle(out, manifest, report, stopwatch.seconds)
 
 
 def _build(
@@ -92,9 +99,10 @@ def _build(
     causal: bool,
     heads: Sequence[str] | None,
     progress: Progress,
+    stopwatch: Stopwatch,
 ) -> Manifest:
     specs = _torch_program if recipe.format != ONNX else _onnx_graphs
-    graphs = specs(folder, checkpoint, recipe, causal, heads, progress)
+    graphs = specs(folder, checkpoint, recipe, causal, heads, progress, stopwatch)
     progress.stage("Sealing the bundle")
     write_companions(folder, checkpoint)
     return seal(folder, name, checkpoint, recipe, graphs, causal, heads)
@@ -107,13 +115,15 @@ def _torch_program(
     causal: bool,
     heads: Sequence[str] | None,
     progress: Progress,
+    stopwatch: Stopwatch,
 ) -> dict[str, GraphSpec]:
     from cosmos_export.torch_programs.build import write_torch_program
 
     if recipe.format == TORCHSCRIPT:
         progress.note(EXPLAINED)
     progress.stage(f"Tracing and writing the {recipe.graphs[0]} program")
-    return write_torch_program(folder, checkpoint, recipe, causal=causal, capabilities=heads)
+    with stopwatch.during(TRACING):
+        return write_torch_program(folder, checkpoint, recipe, causal=causal, capabilities=heads)
 
 
 def _onnx_graphs(
@@ -123,6 +133,7 @@ def _onnx_graphs(
     causal: bool,
     heads: Sequence[str] | None,
     progress: Progress,
+    stopwatch: Stopwatch,
 ) -> dict[str, GraphSpec]:
     config, loop = checkpoint.config, DEVICE_LOOP in recipe.graphs
     fused = _fuses_attention(recipe, config, progress)
@@ -136,10 +147,13 @@ def _onnx_graphs(
     }
     for graph, spec in specs.items():
         progress.stage(f"Tracing the {graph} graph")
-        program = run_passes(trace(model, graph, spec, fused_attention=fused), recipe)
-        attach_weights(program, checkpoint, recipe, heads)
+        with stopwatch.during(TRACING):
+            program = run_passes(trace(model, graph, spec, fused_attention=fused), recipe)
+        attach_weights(program, checkpoint, recipe, heads, stopwatch)
         progress.stage(f"Writing {spec.file} and its weights")
-        write_graph(folder, graph, spec.file, program, external_from=EXTERNAL_FROM_BYTES if loop else None)
+        with stopwatch.during(WRITING):
+            smallest = EXTERNAL_FROM_BYTES if loop else None
+            write_graph(folder, graph, spec.file, program, external_from=smallest, progress=progress)
     if loop:
         _write_kernels(folder, specs[DECODER].file, config, recipe, progress)
         specs |= write_samplers(folder, config)

@@ -14,6 +14,9 @@ class Progress(Protocol):
     def update(self, done: int, total: int) -> None:
         """`done` of `total` units of the current stage are finished."""
 
+    def wrote(self, done: int, total: int) -> None:
+        """`done` of `total` bytes of the current stage are written."""
+
     def note(self, text: str) -> None:
         """Something that the user should know, though it is no error."""
 
@@ -25,6 +28,9 @@ class Silent:
         pass
 
     def update(self, done: int, total: int) -> None:
+        pass
+
+    def wrote(self, done: int, total: int) -> None:
         pass
 
     def note(self, text: str) -> None:

@@ -61,7 +61,7 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     _refuse_links_outside(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: _described(path, file, name) for name in file.keys()}  # noqa: SIM118: no mapping
+            return {name: _described(path, file, name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
 

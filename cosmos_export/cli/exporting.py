@@ -100,7 +100,8 @@ def run_export(
         raise click.UsageError("--head lm is the decoder without capability heads: give it or --capabilities.")
     heads = None if capabilities is None else _names(capabilities)
 
-    from cosmos_export.cli.terminal import print_report, shown_progress
+    from cosmos_export.cli.stages import shown_progress
+    from cosmos_export.cli.terminal import print_report
     from cosmos_export.errors import ParityError
     from cosmos_export.model.capabilities import has_heads
     from cosmos_export.parity.verify import Effort
@@ -140,10 +141,12 @@ def run_export(
     proven = bundle.report.summary() if bundle.report else "NOT verified (--verify off)"
     if as_json:
         report = bundle.report.to_dict() if bundle.report else None
-        click.echo(json.dumps({"bundle": str(target), "parity": report}, indent=2))
+        seconds = {kind: round(value, 3) for kind, value in bundle.seconds.items()}
+        click.echo(json.dumps({"bundle": str(target), "parity": report, "seconds": seconds}, indent=2))
     else:
         if bundle.report:
             print_report(bundle.report)
+        click.echo(", ".join(f"{kind} {value:.1f} s" for kind, value in bundle.seconds.items() if value >= 0.05))
         click.echo(f"{target}: {proven}")
 
 

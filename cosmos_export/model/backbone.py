@@ -82,12 +82,10 @@ class CosmosBackbone(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random weights: normal(0, 0.02), and 1/sqrt(2 * n_layers) of that where a residual branch ends (GPT-2)."""
-        branch_ends = ("o_proj.weight", "w2.weight")
+        """Random weights, of the deviations that `initial_deviation` gives."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
-                scale = (2 * self.config.n_layers) ** -0.5 if name.endswith(branch_ends) else 1.0
-                parameter.normal_(0.0, 0.02 * scale)
+                parameter.normal_(0.0, initial_deviation(name, self.config))
 
     def hidden_states(self, input_ids: Tensor, attend: Attend | None = None) -> Tensor:
         """input_ids (B, T) to the normed hidden states (B, T, D); `attend` defaults to the full sequence.
@@ -120,3 +118,8 @@ class CosmosBackbone(nn.Module):
             )
         dropout = self.config.attention_dropout if self.training else 0.0
         return FullSequenceAttention(self.rope, length, causal=self.causal, dropout=dropout)
+
+
+def initial_deviation(name: str, config: CosmosAdvancedConfig) -> float:
+    """Of a matrix before training: 0.02, and 1/sqrt(2 * n_layers) of that where a residual branch ends (GPT-2)."""
+    return 0.02 * ((2 * config.n_layers) ** -0.5 if name.endswith(("o_proj.weight", "w2.weight")) else 1.0)

@@ -13,6 +13,7 @@ from cosmos_export.model.backbone import CosmosBackbone
 from cosmos_export.model.capabilities.stored_names import ignored_prefixes
 from cosmos_export.model.cosmos import CosmosAdvancedModel
 from cosmos_export.model.decoder import CosmosDecoder
+from cosmos_export.model.random_weights import random_weights
 from cosmos_export.resources import preset_path
 from cosmos_runtime import CAPABILITIES
 
@@ -78,14 +79,11 @@ def random_checkpoint(
 ) -> Checkpoint:
     """A checkpoint of random weights, the same for the same configuration and seed: what a preset exports.
 
-    It is a plain decoder's, or with `capabilities` a model's that has these; the backbone is the same in both.
+    It is a plain decoder's, or with `capabilities` a model's that has these; the backbone is the same in both, and each
+    of its tensors is drawn anew whenever it is read.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        plain = capabilities is None
-        model = CosmosDecoder(config) if plain else CosmosAdvancedModel(config, capabilities=capabilities or ())
     origin = {"kind": "preset", "location": name, "seed": seed, "head_layout": "interleave"}
-    return Checkpoint.from_tensors(config, model.state_dict(), origin)
+    return Checkpoint(config.validate(), random_weights(config, seed, capabilities), origin)
 
 
 def preset_checkpoint(name: str, seed: int = 0, capabilities: Iterable[str] | None = None) -> Checkpoint:

@@ -1,13 +1,15 @@
 """Gives a traced graph its values: each initializer reads its checkpoint tensors at the moment it is written.
 
-Nothing is held: a tensor is mapped from the checkpoint, converted, written and let go, one after another.
+Nothing is held: a tensor is mapped from the checkpoint, converted or quantised a few rows at a time, written and let
+go, one after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -24,29 +26,48 @@ from cosmos_export.model.rope import rotary_tables
 from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize, quantize, stack_rows
 from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, QuantizedPart, parts_of, quantized_part, source_of
 from cosmos_export.recipe import ExportRecipe
+from cosmos_export.stopwatch import QUANTISING, READING, Stopwatch
 from cosmos_export.torch_programs.rows import quantize_rows
 
 _STORED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.UINT8)
 
 
+# Of a tensor that is converted and written: 16 MB in float32.
+_VALUES_AT_ONCE = 1 << 22
+
+
 class WeightReader:
     """What each initializer of a graph has to hold: what export writes and verification compares with."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: ExportRecipe) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: ExportRecipe, stopwatch: Stopwatch | None = None) -> None:
         self.checkpoint, self.recipe = checkpoint, recipe
         self.dtype: torch.dtype = getattr(torch, recipe.activations)
+        self.stopwatch = stopwatch or Stopwatch()
         self._last: tuple[str, QuantizedMatrix] | None = None
 
     def read(self, initializer: str) -> Tensor:
         """The tensor of an initializer, by its name. Raises CheckpointError where the checkpoint has none for it."""
+        pieces = list(self.pieces(initializer))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def pieces(self, initializer: str) -> Iterator[Tensor]:
+        """The tensor of an initializer from its first row to its last, some rows at a time, so that a matrix never is
+        in memory in two precisions. A quantised matrix is one piece, and so is a transposed one. Raises as `read` does.
+        """
         source, part = quantized_part(initializer)
         if part is not None:
-            return self._quantized_part(source, part)
+            yield self._quantized_part(source, part)
+            return
         source, transposed = source_of(initializer)
         if source in (ROTARY_COS, ROTARY_SIN):
-            return self._rotary(source)
-        matrix = self._rounded(source, self._matrix(source))
-        return (matrix.T if transposed else matrix).contiguous()
+            yield self._rotary(source)
+        elif transposed:
+            columns = [self._rounded(source, tensor).T.contiguous() for tensor in self._parts(source)]
+            yield columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+        else:
+            for tensor in self._parts(source):
+                for rows in _some_rows(tensor):
+                    yield self._rounded(source, rows).contiguous()
 
     def effective(self, source: str) -> Tensor:
         """The float32 values of a checkpoint tensor that the graph computes with: rounded where the recipe rounds."""
@@ -61,13 +82,21 @@ class WeightReader:
         return dequantize(stored, matrix.shape[1], form)
 
     def _matrix(self, source: str) -> Tensor:
-        parts = [self._tensor(part) for part in parts_of(source)]
+        parts = [tensor.to(torch.float32) for tensor in self._parts(source)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _parts(self, source: str) -> Iterator[Tensor]:
+        """The tensors of the model that `source` holds one above the other, each let go before the next is read."""
+        for name in parts_of(source):
+            with self.stopwatch.during(READING):
+                tensor = self._tensor(name)
+            yield tensor
+            del tensor
+
     def _tensor(self, name: str) -> Tensor:
-        """A tensor of the model in float32: the checkpoint's of that name, or made of several."""
+        """A tensor of the model: the checkpoint's of that name in its own precision, or made of several in float32."""
         source = weight_source(name)
-        return self._stored(name) if source is None else source.read(self._stored)
+        return self.checkpoint.tensor(name) if source is None else source.read(self._stored)
 
     def _stored(self, name: str) -> Tensor:
         return self.checkpoint.tensor(name).to(torch.float32)
@@ -77,10 +106,15 @@ class WeightReader:
         calibrated, parts = self.checkpoint.calibrated, parts_of(source)
         if all(part in calibrated for part in parts):
             return stack_rows([calibrated[part] for part in parts])
-        return quantize(self._matrix(source), form)
+        return stack_rows([self._quantize(tensor, form) for tensor in self._parts(source)])
+
+    def _quantize(self, matrix: Tensor, form: Quantization) -> QuantizedMatrix:
+        with self.stopwatch.during(QUANTISING):
+            return quantize(matrix, form)
 
     def _rounded(self, source: str, values: Tensor) -> Tensor:
-        """Float32 `values` in the type that is computed with. Raises ExportError where they are beyond its range."""
+        """`values` in the type that is computed with. Raises ExportError where they are beyond its range."""
+        values = values.to(torch.float32)  # first, so that every precision is rounded from the same numbers
         rounded = values.to(self.dtype)
         if self.dtype == torch.float16 and bool((rounded.isinf() & values.isfinite()).any()):
             raise ExportError(
@@ -128,25 +162,54 @@ def require_weights(checkpoint: Checkpoint, capabilities: Sequence[str] | None =
 
 
 def attach_weights(
-    model: ir.Model, checkpoint: Checkpoint, recipe: ExportRecipe, capabilities: Sequence[str] | None = None
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    capabilities: Sequence[str] | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> None:
     """Sets every valueless initializer of `model` to a lazy tensor that reads `checkpoint`.
 
-    `capabilities` are those of a model with heads; None is the plain decoder.
+    `capabilities` are those of a model with heads; None is the plain decoder. `stopwatch` hears how long reading and
+    quantising take, when the tensors are written.
     Raises CheckpointError when tensors are missing or have another shape than the model's.
     """
     require_weights(checkpoint, capabilities)
-    reader = WeightReader(checkpoint, recipe)
+    reader = WeightReader(checkpoint, recipe, stopwatch)
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
-            value.const_value = _lazy(value, partial(reader.read, name))
+            value.const_value = _Streamed(value, partial(reader.pieces, name))
 
 
-def _lazy(value: ir.Value, read: Callable[[], Tensor]) -> ir.LazyTensor:
-    if value.shape is None or value.dtype not in _STORED_TYPES:
-        known = "float32, float16, bfloat16 or uint8"
-        raise ExportError(f"initializer {value.name}: expected {known} of a known shape, got {value}")
-    return ir.LazyTensor(lambda: ir.tensor(as_array(read())), dtype=value.dtype, shape=value.shape, name=value.name)
+class _Streamed(ir.LazyTensor):
+    """An initializer that is made when it is written, piece by piece, and never whole unless somebody asks for that."""
+
+    def __init__(self, value: ir.Value, pieces: Callable[[], Iterator[Tensor]]) -> None:
+        if value.shape is None or value.dtype not in _STORED_TYPES:
+            known = "float32, float16, bfloat16 or uint8"
+            raise ExportError(f"initializer {value.name}: expected {known} of a known shape, got {value}")
+        super().__init__(self._whole, dtype=value.dtype, shape=value.shape, name=value.name)
+        self._pieces = pieces
+
+    def _whole(self) -> ir.TensorProtocol:
+        return ir.tensor(as_array(torch.cat(list(self._pieces()))))
+
+    def tofile(self, file: Any) -> None:
+        """Writes the tensor's bytes, as ONNX's external data are: row by row, little-endian."""
+        written = sum(_write(file, piece) for piece in self._pieces())
+        if written != self.nbytes:
+            raise ExportError(f"{self.name} has {written:,} bytes, and the graph has room for {self.nbytes:,}")
+
+
+def _write(file: BinaryIO, piece: Tensor) -> int:
+    data = as_array(piece.contiguous()).reshape(-1).view(np.uint8)
+    file.write(data.data)
+    return data.nbytes
+
+
+def _some_rows(tensor: Tensor) -> Sequence[Tensor]:
+    """Views of some rows each; of a tensor of numbers in a row, of some numbers each."""
+    return tensor.split(max(1, _VALUES_AT_ONCE * len(tensor) // max(1, tensor.numel()))) if tensor.dim() else [tensor]
 
 
 def as_array(tensor: Tensor) -> NDArray:
