@@ -57,10 +57,11 @@ def export_options(graph_format: str) -> Callable[[Command], Command]:
         click.option(
             "--verify",
             "effort",
-            type=click.Choice(["full", "quick", "off"]),
+            type=click.Choice(["full", "quick", "layers", "off"]),
             default="full",
             show_default=True,
-            help="Lengths up to the maximum, up to 256 tokens, or no proof at all.",
+            help="Lengths up to the maximum, up to 256 tokens, one layer in memory at a time (done anyway where the "
+            "model in float64 would not fit), or no proof at all.",
         ),
         click.option("--overwrite", is_flag=True, help="Replace the bundle at --out once the new one is proven."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table."),

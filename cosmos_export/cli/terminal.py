@@ -1,19 +1,13 @@
-"""What the commands show: stages with a bar while they work, and the table of a parity report."""
+"""What the commands show when they have worked: the tables of a parity report."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
-
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cosmos_export.parity.gates import Arithmetic, Verdict
 from cosmos_export.parity.quality import Quality
 from cosmos_export.parity.report import CaseResult, ParityReport, gate_share
-from cosmos_export.progress import Silent
 
 _COLOURS = {Verdict.PASS: "green", Verdict.AMBIGUOUS: "yellow", Verdict.FAIL: "bold red"}
 
@@ -21,49 +15,6 @@ _COLOURS = {Verdict.PASS: "green", Verdict.AMBIGUOUS: "yellow", Verdict.FAIL: "b
 def console(*, stderr: bool = False) -> Console:
     """A console that never breaks a line of its own accord when its output is piped."""
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
-
-
-class _Stages(Silent):
-    """Shows each stage on a line of its own, with its seconds when it is done."""
-
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
-        self._task: TaskID | None = None
-        self._title, self._began = "", time.monotonic()
-
-    def stage(self, title: str) -> None:
-        self.finish()
-        self._title, self._began = title, time.monotonic()
-        self._task = self._bars.add_task(title, total=None)
-
-    def update(self, done: int, total: int) -> None:
-        if self._task is not None:
-            self._bars.update(self._task, completed=done, total=total)
-
-    def note(self, text: str) -> None:
-        self._bars.console.print(f"  note: {text}", style="yellow")
-
-    def finish(self) -> None:
-        if self._task is not None:
-            self._bars.remove_task(self._task)
-            self._bars.console.print(f"  {self._title} [dim]{time.monotonic() - self._began:.1f} s[/dim]")
-            self._task = None
-
-
-@contextlib.contextmanager
-def shown_progress() -> Iterator[Silent]:
-    """A progress that is drawn on standard error: bars on a terminal, plain lines elsewhere."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console(stderr=True), transient=True) as bars:
-        stages = _Stages(bars)
-        yield stages
-        stages.finish()
 
 
 def print_report(report: ParityReport, *, stderr: bool = False) -> None:
@@ -75,6 +26,9 @@ def print_report(report: ParityReport, *, stderr: bool = False) -> None:
     for heading in ("error", "eager", "allowed", "of gate"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=7)
     table.add_column("verdict", no_wrap=True, min_width=9)
+    if report.layer_by_layer:
+        _print_pieces(out, report)
+        table.title = f"{report.bundle}: its pieces chained, against float64 all the way (largest errors, in logits)"
     for arithmetic in dict.fromkeys(case.arithmetic for case in report.cases):
         table.add_section()
         if arithmetic is not Arithmetic.FLOAT32:
@@ -94,6 +48,28 @@ def print_report(report: ParityReport, *, stderr: bool = False) -> None:
         _print_quality(out, report.quality)
     for skipped in report.skipped:
         out.print(f"not run: {skipped.name}: {skipped.reason}")
+
+
+def _print_pieces(out: Console, report: ParityReport) -> None:
+    """One line a piece of a model that was compared layer by layer: the case nearest to its gate."""
+    table = Table(title=f"{report.bundle} layer by layer: each piece alone, on float64's own input")
+    table.title_justify = "left"
+    table.add_column("piece", no_wrap=True, min_width=16)
+    table.add_column("worst case", no_wrap=True)
+    for heading in ("error", "allowed", "of gate"):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=7)
+    table.add_column("verdict", no_wrap=True, min_width=7)
+    for arithmetic in dict.fromkeys(piece.arithmetic for piece in report.pieces):
+        table.add_section()
+        if arithmetic is not Arithmetic.FLOAT32:
+            table.add_row(f"[dim]{arithmetic}[/]")
+        for piece in report.pieces:
+            if piece.arithmetic is arithmetic:
+                found = piece.measurement
+                numbers = (f"{found.error:.1e}", f"{found.allowed:.1e}")
+                verdict = f"[{_COLOURS[piece.verdict]}]{piece.verdict}[/]"
+                table.add_row(piece.name, piece.case, *numbers, f"{gate_share(found):.1%}", verdict)
+    out.print(table)
 
 
 def _print_quality(out: Console, quality: Quality) -> None:

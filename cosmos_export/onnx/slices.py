@@ -97,10 +97,8 @@ class SlicedGraph:
 
         Raises ExportError where the graph's layers cannot be told apart.
         """
-        first = [cut for cut in self._cuts if not self._layers_of(cut)]
-        if not first:
-            raise ExportError(f"{self.folder}: no value of the graph is the embedding of its tokens; export it again")
-        return (first[-1], *(self._first_cut(self._weights_of(layer), f"layer {layer}") for layer in self._layers))
+        layers = (self._first_cut(self._weights_of(layer), f"layer {layer}") for layer in self._layers)
+        return (self._embedding, *layers)
 
     @cached_property
     def normed(self) -> str:
@@ -230,8 +228,28 @@ class SlicedGraph:
         numbers = {int(name.split(".")[1]) for name in self._reaching if name.startswith("layers.")}
         return range(max(numbers, default=-1) + 1)
 
-    def _layers_of(self, value: str) -> list[str]:
-        return [name for name in self._depends[value] if name.startswith("layers.") or name == FINAL_NORM]
+    @property
+    def _embedding(self) -> str:
+        """The last cut before anything meets a weight of a layer."""
+        for step in self._steps:
+            if any(self._is_data(v) for v in step.reads) and any(self._is_of_layers(v) for v in step.reads):
+                before = self._ancestors(step)
+                cuts = [cut for cut in self._cuts if cut in before and not self._is_of_layers(cut)]
+                if cuts:
+                    return cuts[-1]
+        raise ExportError(f"{self.folder}: no value of the graph is the embedding of its tokens; export it again")
+
+    def _is_of_layers(self, value: str) -> bool:
+        return any(name.startswith("layers.") for name in self._depends.get(value, ()))
+
+    def _ancestors(self, step: _Step) -> set[str]:
+        found, open_ = set[str](), list(step.reads)
+        while open_:
+            value = open_.pop()
+            if value not in found:
+                found.add(value)
+                open_ += self._writer[value].reads if value in self._writer else ()
+        return found
 
     def _weights_of(self, layer: int) -> set[str]:
         return {name for name in self._reaching if name.startswith(f"layers.{layer}.")}

@@ -64,9 +64,9 @@ class LayerCase:
 
 @lru_cache(maxsize=1)  # every lane of a layer has the same
 def _drawn(shape: tuple[int, ...], layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Eighths from -2 to 2, which the type of any graph has exactly, so that they are the same numbers on both sides."""
+    """Eighths from -2 to 2, which any type has exactly, so that they are the same numbers on both sides."""
     draw = np.random.default_rng(layer)
-    keys, values = (draw.integers(-16, 17, shape, np.int8).astype(np.float32) / 8 for _ in range(2))
+    keys, values = (draw.integers(-16, 17, shape, np.int8).astype(np.float32) * np.float32(1 / 8) for _ in range(2))
     return keys, values
 
 

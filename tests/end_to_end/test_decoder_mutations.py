@@ -6,24 +6,15 @@ weights are changed instead.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
-import onnx
 import pytest
-from onnx import AttributeProto, GraphProto, NodeProto, helper, numpy_helper
+from onnx import GraphProto, helper, numpy_helper
 
 from cosmos_export.parity.gates import Arithmetic, Verdict
 from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import verify_bundle
-from cosmos_export.pipeline import ExportedBundle
-from cosmos_runtime import MANIFEST_NAME, Manifest, describe_file, graph_operators
 
-GraphFault = Callable[[GraphProto], None]
-TensorFault = Callable[[np.ndarray], None]
+from .mutants import TensorFault, attribute_of, nodes_of, with_graph_fault, with_tensor_fault
 
 
 def test_without_a_fault_the_bundles_pass(small_decoder, small_int4):
@@ -37,44 +28,34 @@ def test_without_a_fault_the_bundles_pass(small_decoder, small_int4):
 # Faults of the graph
 
 
-def _nodes(graph: GraphProto, operator: str) -> list[NodeProto]:
-    nodes = [node for node in graph.node if node.op_type == operator]
-    assert nodes
-    return nodes
-
-
-def _attribute(node: NodeProto, name: str) -> AttributeProto:
-    return next(attribute for attribute in node.attribute if attribute.name == name)
-
-
 def _scale_off_by_a_thousandth(graph: GraphProto) -> None:
-    for node in _nodes(graph, "GroupQueryAttention"):
-        _attribute(node, "scale").f *= 1.001
+    for node in nodes_of(graph, "GroupQueryAttention"):
+        attribute_of(node, "scale").f *= 1.001
 
 
 def _scale_of_another_width(graph: GraphProto) -> None:
-    for node in _nodes(graph, "GroupQueryAttention"):
-        _attribute(node, "scale").f **= 2
+    for node in nodes_of(graph, "GroupQueryAttention"):
+        attribute_of(node, "scale").f **= 2
 
 
 def _no_rotary(graph: GraphProto) -> None:
-    for node in _nodes(graph, "GroupQueryAttention"):
-        _attribute(node, "do_rotary").i = 0
+    for node in nodes_of(graph, "GroupQueryAttention"):
+        attribute_of(node, "do_rotary").i = 0
 
 
 def _rotary_pairs_interleaved(graph: GraphProto) -> None:
-    for node in _nodes(graph, "GroupQueryAttention"):
-        _attribute(node, "rotary_interleaved").i = 1
+    for node in nodes_of(graph, "GroupQueryAttention"):
+        attribute_of(node, "rotary_interleaved").i = 1
 
 
 def _short_window(graph: GraphProto) -> None:
-    for node in _nodes(graph, "GroupQueryAttention"):
+    for node in nodes_of(graph, "GroupQueryAttention"):
         node.attribute.append(helper.make_attribute("local_window_size", 4))
 
 
 def _another_norm_eps(graph: GraphProto) -> None:
-    for node in _nodes(graph, "SkipSimplifiedLayerNormalization"):
-        _attribute(node, "epsilon").f = 1e-3
+    for node in nodes_of(graph, "SkipSimplifiedLayerNormalization"):
+        attribute_of(node, "epsilon").f = 1e-3
 
 
 def _logits_one_position_early(graph: GraphProto) -> None:
@@ -87,7 +68,7 @@ def _logits_one_position_early(graph: GraphProto) -> None:
 
 def _residual_added_twice(graph: GraphProto) -> None:
     """Before the last norm, in the place of what the last layer's feed-forward gives."""
-    node = _nodes(graph, "SkipSimplifiedLayerNormalization")[-1]
+    node = nodes_of(graph, "SkipSimplifiedLayerNormalization")[-1]
     node.input[1] = node.input[0]
 
 
@@ -112,26 +93,26 @@ def test_a_fault_of_the_graph_fails_the_logit_gate(
         "fp32": (small_decoder, small_checkpoint),
         "int4": (small_int4, gentle_checkpoint),
     }[precision]
-    report = verify_bundle(_with_graph_fault(bundle, tmp_path, fault), checkpoint)
+    report = verify_bundle(with_graph_fault(bundle, tmp_path, fault), checkpoint)
     assert all(stored.passed for stored in report.stored), "the fault is in the graph, the weights are still equal"
     assert _failed(report, Arithmetic.FLOAT32)
     assert not report.passed
 
 
 def _caches_of_two_layers_swapped(graph: GraphProto) -> None:
-    first, second = _nodes(graph, "GroupQueryAttention")
+    first, second = nodes_of(graph, "GroupQueryAttention")
     first.output[1], second.output[1] = second.output[1], first.output[1]
 
 
 def _keys_and_values_swapped(graph: GraphProto) -> None:
-    for node in _nodes(graph, "GroupQueryAttention"):
+    for node in nodes_of(graph, "GroupQueryAttention"):
         node.output[1], node.output[2] = node.output[2], node.output[1]
 
 
 def _cache_not_read(graph: GraphProto) -> None:
     """Each call begins with zeros in the past's place."""
     graph.initializer.append(numpy_helper.from_array(np.float32(0), "nothing"))
-    for i, node in enumerate(_nodes(graph, "GroupQueryAttention")):
+    for i, node in enumerate(nodes_of(graph, "GroupQueryAttention")):
         empty = helper.make_node("Mul", [node.input[3], "nothing"], [f"empty{i}"], name=f"empty{i}")
         node.input[3] = empty.output[0]
         graph.node.insert(0, empty)
@@ -147,7 +128,7 @@ def _cache_not_read(graph: GraphProto) -> None:
 )
 def test_a_fault_of_the_cache_fails_where_tokens_come_in_pieces(fault, small_decoder, small_checkpoint, tmp_path):
     """And nowhere else: a prefill does not read what was there before."""
-    report = verify_bundle(_with_graph_fault(small_decoder, tmp_path, fault), small_checkpoint)
+    report = verify_bundle(with_graph_fault(small_decoder, tmp_path, fault), small_checkpoint)
     failed = _failed(report, Arithmetic.FLOAT32)
     assert len(failed) == 4
     assert all("decode" in name or "chunks" in name or "unequal" in name for name in failed)
@@ -163,7 +144,7 @@ def _lengths_of_rows_ignored(graph: GraphProto) -> None:
 
 
 def test_a_fault_of_the_padding_fails(small_decoder, small_checkpoint, tmp_path):
-    folder = _with_graph_fault(small_decoder, tmp_path, _lengths_of_rows_ignored)
+    folder = with_graph_fault(small_decoder, tmp_path, _lengths_of_rows_ignored)
     assert not verify_bundle(folder, small_checkpoint).passed
 
 
@@ -219,7 +200,7 @@ def _query_heads_tiled(matrix: np.ndarray) -> None:
     ],
 )
 def test_a_fault_of_the_weights_fails(tensor, perturb, logits_show_it, small_decoder, small_checkpoint, tmp_path):
-    report = verify_bundle(_with_tensor_fault(small_decoder, tmp_path, tensor, perturb), small_checkpoint)
+    report = verify_bundle(with_tensor_fault(small_decoder, tmp_path, tensor, perturb), small_checkpoint)
     assert not report.passed
     assert [problem.split()[0] for problem in report.stored_problems] == [tensor]
     assert bool(_failed(report, Arithmetic.FLOAT32)) == logits_show_it
@@ -254,7 +235,7 @@ def _one_level(blocks: np.ndarray) -> None:
 )
 def test_a_fault_of_the_quantised_weights_fails(tensor, perturb, small_int4, gentle_checkpoint, tmp_path):
     """The float32 gate finds it, on the same bytes: the gate of rounded activations may be too wide to."""
-    report = verify_bundle(_with_tensor_fault(small_int4, tmp_path, tensor, perturb), gentle_checkpoint)
+    report = verify_bundle(with_tensor_fault(small_int4, tmp_path, tensor, perturb), gentle_checkpoint)
     assert not report.passed
     assert {problem.split()[0] for problem in report.stored_problems} == {tensor}
     assert _failed(report, Arithmetic.FLOAT32)
@@ -262,49 +243,9 @@ def test_a_fault_of_the_quantised_weights_fails(tensor, perturb, small_int4, gen
 
 def test_rounded_activations_are_judged_by_their_own_gate(small_int4, gentle_checkpoint, tmp_path):
     """A graph that is far off fails both gates, so the wide one is not for show."""
-    report = verify_bundle(_with_graph_fault(small_int4, tmp_path, _scale_of_another_width), gentle_checkpoint)
+    report = verify_bundle(with_graph_fault(small_int4, tmp_path, _scale_of_another_width), gentle_checkpoint)
     assert _failed(report, Arithmetic.INT8_ACTIVATIONS)
 
 
 def _failed(report: ParityReport, arithmetic: Arithmetic) -> list[str]:
     return [case.name for case in report.cases if case.arithmetic is arithmetic and case.verdict is Verdict.FAIL]
-
-
-def _copy(bundle: ExportedBundle, tmp_path: Path) -> tuple[Path, Path]:
-    """A copy of the bundle's folder, and its decoder graph."""
-    folder = tmp_path / "faulty"
-    shutil.copytree(bundle.path, folder)
-    return folder, folder / bundle.manifest.graphs["decoder"].file
-
-
-def _with_graph_fault(bundle: ExportedBundle, tmp_path: Path, fault: GraphFault) -> Path:
-    """A copy of the bundle whose graph was changed, sealed again."""
-    folder, path = _copy(bundle, tmp_path)
-    model = onnx.load(path, load_external_data=False)
-    fault(model.graph)
-    path.write_bytes(model.SerializeToString())
-    manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    files = {**manifest.files, path.name: describe_file(path)}
-    sealed = replace(manifest, files=files, operators=graph_operators([path]))
-    (folder / MANIFEST_NAME).write_text(sealed.to_json(), encoding="utf-8")
-    return folder
-
-
-def _with_tensor_fault(bundle: ExportedBundle, tmp_path: Path, name: str, perturb: TensorFault) -> Path:
-    """A copy of the bundle in which one initializer was changed, in the external data or in the graph's file."""
-    folder, path = _copy(bundle, tmp_path)
-    model = onnx.load(path, load_external_data=False)
-    initializer = next(i for i in model.graph.initializer if i.name == name)
-    dtype = helper.tensor_dtype_to_np_dtype(initializer.data_type)
-    if not initializer.external_data:
-        values = numpy_helper.to_array(initializer).copy()
-        perturb(values)
-        initializer.CopyFrom(numpy_helper.from_array(values, name))
-        path.write_bytes(model.SerializeToString())
-        return folder
-    entry = {e.key: e.value for e in initializer.external_data}
-    place = folder / entry["location"]
-    mapped = np.memmap(place, dtype, "r+", offset=int(entry["offset"]), shape=tuple(initializer.dims))
-    perturb(mapped)
-    mapped.flush()
-    return folder
