@@ -37,16 +37,11 @@ def sign_command(bundle: Path, key: Path, password_env: str | None) -> None:
       cosmos-export sign bundles/demo --key private.pem
       cosmos-run check bundles/demo --key public.pem                        # on the machine that runs it
     """
-    from cosmos_runtime import Bundle, check_bundle, sign_bundle
+    from cosmos_runtime import Bundle, sign_bundle
 
-    password = _password(key, password_env)
-    Bundle.open(bundle)  # says what is wrong where there is no bundle
-    checked = check_bundle(bundle)
-    if not checked.good:
-        first = checked.findings[0]
-        fail(f"{bundle}: not signed, as it is not as exported: {first.file}: {first.problem}; see: cosmos-run check")
-    signature = sign_bundle(bundle, key, password)
-    click.echo(f"{signature}: signs {checked.files} files, {checked.size:,} bytes, with {key}")
+    Bundle.open(bundle)  # says what is wrong where there is no bundle, before it asks for a password
+    signature = sign_bundle(bundle, key, _password(key, password_env))
+    click.echo(f"{signature}: signs every file of {bundle} with {key}")
 
 
 def _password(key: Path, variable: str | None) -> str | None:

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cosmos_runtime.checking import SIGNATURE_NAME
+from cosmos_runtime.checking import SIGNATURE_NAME, check_bundle
 from cosmos_runtime.errors import BundleError, CosmosRuntimeError, InputError, first_line
 
 _PACKAGE_CURE = 'install it with: pip install "cosmos-export[sign]"'
@@ -22,19 +22,20 @@ _KEY = "expected the {half} key of an elliptic curve in PEM form; `cosmos-export
 
 
 def sign_bundle(folder: Path, private_key: Path, password: str | None = None) -> Path:
-    """Sign every file of a bundle's folder; the path of the signature, which takes the place of one that was there.
+    """Check a bundle and sign every file of its folder; the path of the signature, which may replace an older one.
 
-    The files are signed as they are: check the bundle first. Raises: BundleError where the folder has what cannot be
-    signed, InputError where the key cannot be used, CosmosRuntimeError where the package is missing.
+    Raises: BundleError where the bundle is not as it was exported, or has what cannot be signed, InputError where the
+    key cannot be used, CosmosRuntimeError where the package is missing.
     """
     signing, hashing = _package("signing"), _package("hashing")
     _check_key(private_key, "private")
     if private_key.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{private_key}: lies in the bundle, and would be given away with it; move it elsewhere")
-    _beside(folder / SIGNATURE_NAME).unlink(missing_ok=True)  # of a run that was killed; it would be signed, too
     secret = None if password is None else password.encode()
     with _typed(InputError, f"{private_key}: cannot be used", _KEY.format(half="private")):
         config = signing.Config().use_elliptic_key_signer(private_key=private_key, password=secret)
+    _beside(folder / SIGNATURE_NAME).unlink(missing_ok=True)  # of a run that was killed
+    _check(folder)
     with tempfile.TemporaryDirectory(prefix="cosmos-signature-") as scratch:
         made = Path(scratch, SIGNATURE_NAME)
         with _typed(BundleError, f"{folder}: cannot be signed", "put the files themselves in the folder"):
@@ -61,6 +62,15 @@ def verify_signature(folder: Path, public_key: Path) -> dict[str, str]:
     with _typed(BundleError, f"{signature}: does not hold", "get the bundle again from who signed it"):
         config.set_hashing_config(recorder).verify(folder, signature)
     return recorder.digests
+
+
+def _check(folder: Path) -> None:
+    findings = check_bundle(folder).findings
+    if findings:
+        raise BundleError(
+            f"{folder}: not signed, as it is not as it was exported: {findings[0].file}: {findings[0].problem}; see: "
+            f"cosmos-run check {folder}"
+        )
 
 
 class _Recorder:
