@@ -117,7 +117,9 @@ class JsonEdit:
 def json_edits() -> st.SearchStrategy[Edit]:
     """One edited value: most often replaced by a hostile one."""
     kinds = st.sampled_from(["replace", "replace", "replace", "delete", "rename", "repeat", "copy", "wrap"])
-    return st.builds(JsonEdit, kinds, st.integers(0, 999_999).map(lambda place: place / 1e6), st.sampled_from(HOSTILE_JSON))
+    return st.builds(
+        JsonEdit, kinds, st.integers(0, 999_999).map(lambda place: place / 1e6), st.sampled_from(HOSTILE_JSON)
+    )
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -158,8 +160,10 @@ class GraphEdit:
             new = self.text if field.type == field.TYPE_STRING else self.text.encode()
         elif field.cpp_type in (field.CPPTYPE_FLOAT, field.CPPTYPE_DOUBLE):
             new = float(self.integer)
-        elif field.cpp_type != field.CPPTYPE_INT64:
-            new = self.integer % 32  # enumerations and 32-bit numbers
+        elif field.cpp_type == field.CPPTYPE_ENUM:
+            new = field.enum_type.values[self.integer % len(field.enum_type.values)].number
+        elif field.cpp_type == field.CPPTYPE_INT32:
+            new = max(-(2**31), min(self.integer, 2**31 - 1))
         if index is None:
             setattr(message, field.name, new)
         else:

@@ -1,7 +1,7 @@
 """What is edited: tiny bundles and checkpoints, whole and valid, in a folder of their own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -59,8 +59,8 @@ def _save_in_shards(folder: Path, tensors: dict) -> None:
     (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
-def _exported(folder: Path) -> None:
-    """A bundle of a model with all capability heads, as an export writes it."""
+def _exported(folder: Path, *, heads: bool = False) -> None:
+    """A bundle as an export writes it, with all capability heads or none."""
     from cosmos_export.config import CosmosAdvancedConfig
     from cosmos_export.model.loading import random_checkpoint
     from cosmos_export.parity.verify import Effort
@@ -69,15 +69,19 @@ def _exported(folder: Path) -> None:
     from cosmos_runtime import CAPABILITIES
 
     config = CosmosAdvancedConfig(**{**TINY, "dim": 64, "head_dim": 16}, memory={"working_memory_size": 8})
-    checkpoint = random_checkpoint(config, name="tiny", capabilities=CAPABILITIES)
-    recipe = ExportRecipe.load("cpu-fp32")
-    export_bundle(checkpoint, folder, recipe, capabilities=CAPABILITIES, effort=Effort.OFF)
+    capabilities = CAPABILITIES if heads else None
+    tokenizer = folder.with_name("tokenizer.json")
+    byte_tokenizer().save(str(tokenizer))
+    checkpoint = replace(random_checkpoint(config, name="tiny", capabilities=capabilities), tokenizer=tokenizer)
+    recipe = ExportRecipe.load("cpu-int4-quick")
+    export_bundle(checkpoint, folder, recipe, capabilities=capabilities, effort=Effort.OFF)
 
 
 SUBJECTS = {
     "decoder": Subject("bundle", lambda folder: write_decoder_bundle(folder, graphs=("decoder", "full_sequence"))),
     "external": Subject("bundle", write_bundle),
     "exported": Subject("bundle", _exported, share=2),
+    "heads": Subject("bundle", lambda folder: _exported(folder, heads=True), share=2),
     "safetensors": Subject("checkpoint", _checkpoint),
     "shards": Subject("checkpoint", lambda folder: _checkpoint(folder, sharded=True)),
     "pickle": Subject("checkpoint", lambda folder: _checkpoint(folder, pickled=True)),

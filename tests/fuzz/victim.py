@@ -63,7 +63,8 @@ def _several() -> Iterator[Callable[[Callable[[], Any]], None]]:
         raise refusals[0]
 
 
-def _ending(kind: str, folder: Path) -> dict[str, str]:
+def ending_of(kind: str, folder: Path) -> dict[str, str]:
+    """How a meeting ends, as an answer."""
     from cosmos_runtime import CosmosRuntimeError
 
     typed: tuple[type[BaseException], ...] = (CosmosRuntimeError,)
@@ -88,7 +89,7 @@ def main(kind: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
-        answer = _ending(kind, Path(json.loads(line)["folder"]))
+        answer = ending_of(kind, Path(json.loads(line)["folder"]))
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
