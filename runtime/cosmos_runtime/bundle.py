@@ -38,7 +38,16 @@ class Bundle:
         """
         folder = Path(path)
         check_folder(folder)
-        held = HeldFiles(folder)
+        while True:
+            held = HeldFiles(folder)
+            try:
+                return cls._read(folder, held)
+            except BundleError:
+                if held.in_place():
+                    raise  # else another bundle took its place meanwhile, and that one is read
+
+    @classmethod
+    def _read(cls, folder: Path, held: HeldFiles) -> "Bundle":
         manifest = Manifest.from_json(read_manifest(folder).decode("utf-8"))
         for name, entry in manifest.files.items():
             check_file(folder, name, entry)
@@ -57,6 +66,12 @@ class Bundle:
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: {name!r} is not listed in {MANIFEST_NAME}")
         return self.path / name if self._held is None else self._held.path(name)
+
+    def check_in_place(self) -> None:
+        """Make sure that no other bundle has taken the folder's place: for whoever has just loaded several of its files,
+        which might be some of one and some of the other. Raises: BundleError."""
+        if self._held is not None:
+            self._held.check()
 
     def check_hashes(self, progress: Progress | None = None) -> None:
         """Compare the SHA-256 of every file with the manifest, and the manifest with its own digest: finds what equal

@@ -51,17 +51,22 @@ class HeldFiles:
             for name in dict.fromkeys(names):
                 self._open[name] = descriptor = os.open(self._folder / name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
                 weakref.finalize(self, os.close, descriptor)
-        self._check_folder()
+        self.check()
 
     def path(self, name: str) -> Path:
         """Where the file can be opened. Raises: BundleError where it went with its folder."""
-        if name in self._open and self._identity != _identity(self._folder):
+        if name in self._open and not self.in_place():
             return _OPEN_FILES / str(self._open[name])
-        self._check_folder()
+        self.check()
         return self._folder / name
 
-    def _check_folder(self) -> None:
-        if self._identity != _identity(self._folder):
+    def in_place(self) -> bool:
+        """Whether the folder is still the one that there was."""
+        return self._identity == _identity(self._folder)
+
+    def check(self) -> None:
+        """Make sure of it. Raises: BundleError where another folder is in its place, or none."""
+        if not self.in_place():
             raise BundleError(f"{self._folder}: was replaced or removed since it was opened; open the bundle again")
 
 

@@ -43,7 +43,7 @@ def load(
     """Load a bundle (opened, or the path of its folder) onto `provider`, "cpu" or "cuda".
 
     `threads` defaults to the physical cores that this process may use, `graph` to the bundle's `DECODER`, or its
-    `FULL_SEQUENCE` where it has no decoder. Contents are not hashed here: call `Bundle.check_hashes` after a copy or
+    `FULL_SEQUENCE` where it has no decoder. Contents are not hashed here: call `check_bundle` after a copy or
     download. The weights are memory-mapped: never write into the files of a bundle in use; replace it with a new
     folder. `gpu_mem_limit` bounds the bytes that weights and caches have together on a GPU, and what ONNX Runtime takes
     for its own work to what the weights leave of it; without it, there is what the GPU has.
@@ -69,6 +69,7 @@ def load(
         replays=replays,
         initializers=None if kernels is None else kernels.initializers,
     )
+    opened.check_in_place()
     check_signature(inference, spec)
     loaded = OnnxGraph(inference) if kernels is None else KernelGraph(inference, spec, kernels)
     return session_on(loaded, opened, name, provider=provider, stream=stream, threads=threads)

@@ -4,10 +4,11 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cosmos_runtime import Bundle, BundleError, load
+from cosmos_runtime import Bundle, BundleError, bundle, load, session
 
 from .tiny_bundles import chain, encode, successor_table, write_bundle
 
@@ -157,6 +158,37 @@ def test_a_bundle_that_was_replaced_before_it_was_loaded(tmp_path: Path) -> None
     replace(path, write_bundle(tmp_path / "other", chain("cba")))
     with pytest.raises(BundleError, match="was replaced or removed since it was opened; open the bundle again"):
         load(opened)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest of the one and the files of the other: that is read again, and is one bundle."""
+    path = write_bundle(tmp_path / "bundle", chain("abc"))
+    other = write_bundle(tmp_path / "other", chain("cba"), tokenizer=False)
+    read = bundle.read_manifest
+
+    def read_and_replace(folder: Path) -> bytes:
+        raw = read(folder)
+        if other.exists():
+            replace(path, other)
+        return raw
+
+    monkeypatch.setattr(bundle, "read_manifest", read_and_replace)
+    assert Bundle.open(path).manifest.tokenizer is None
+
+
+def test_a_bundle_that_is_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of the one might compute with the weights of the other."""
+    path, other = write_bundle(tmp_path / "bundle", chain("abc")), write_bundle(tmp_path / "other", chain("cba"))
+    create = session.create_inference_session
+
+    def create_and_replace(*arguments: Any, **options: Any) -> Any:
+        made = create(*arguments, **options)
+        replace(path, other)
+        return made
+
+    monkeypatch.setattr(session, "create_inference_session", create_and_replace)
+    with pytest.raises(BundleError, match="was replaced or removed since it was opened"):
+        load(path)
 
 
 def test_held_files_are_let_go(bundle_path: Path) -> None:
