@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos_export.checkpoint import CONFIG, TOKENIZER, Checkpoint
 from cosmos_export.config import GEOMETRY, CosmosAdvancedConfig
-from cosmos_export.errors import TargetError
+from cosmos_export.errors import CosmosExportError, TargetError
 from cosmos_export.folders import (
     PARITY_SCRATCH,
     abandoned_folders,
@@ -106,14 +106,29 @@ def write_graph(
     smallest = _EXTERNAL_FROM_BYTES if external_from is None else external_from
     sizes = [value.const_value.nbytes for g in model.graphs() for value in g.initializers.values() if value.const_value]
     total, progress = sum(size for size in sizes if size > smallest), progress or Silent()
-    ir.save(
-        model,
-        folder / file,
-        external_data=weights_file(graph),
-        size_threshold_bytes=smallest,
-        callback=lambda _, written: progress.wrote(written.offset, total),
-    )
+    with _unwrapped():
+        ir.save(
+            model,
+            folder / file,
+            external_data=weights_file(graph),
+            size_threshold_bytes=smallest,
+            callback=lambda _, written: progress.wrote(written.offset, total),
+        )
     progress.wrote(total, total)
+
+
+@contextlib.contextmanager
+def _unwrapped() -> Iterator[None]:
+    """onnx_ir has an error of its own around one that reading a tensor raised, which is what the user has to see."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, CosmosExportError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def write_companions(folder: Path, checkpoint: Checkpoint) -> None:
@@ -246,7 +261,8 @@ def _put_in_place(staging: Path, target: Path, overwrite: bool) -> None:
         staging.rename(target)
     elif not exchange(staging, target):
         _replace_in_two_steps(staging, target)
-    sync_entry(target.parent)
+    with contextlib.suppress(OSError):  # the bundle is in its place; not every file system has its folders synced
+        sync_entry(target.parent)
 
 
 def _replace_in_two_steps(staging: Path, target: Path) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from cosmos_runtime.manifest_digest import DIGEST, NO_DIGEST, with_digest
+
 from .edits import Edit
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -162,6 +164,9 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _sealed(manifest: bytes, file: str, raw: bytes) -> bytes:
+    """The manifest with the sizes and hashes of today, its own included."""
     document = json.loads(manifest)
     document["files"][file] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    return json.dumps(document).encode()
+    if DIGEST not in document:
+        return json.dumps(document).encode()
+    return with_digest(json.dumps({**document, DIGEST: NO_DIGEST})).encode()
