@@ -169,9 +169,11 @@ class SlicedGraph:
         return model
 
     def with_outputs(self, values: Iterable[str]) -> ModelProto:
-        """The whole graph, with `values` as outputs besides its own."""
+        """The whole graph, with `values` as outputs besides its own, and with inputs that all have to be given."""
         model = ModelProto()
         model.CopyFrom(self.model)
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(i for i in self.model.graph.initializer if i.name not in self._inputs)
         present = {output.name for output in model.graph.output}
         model.graph.output.extend(self._known_value(v) for v in dict.fromkeys(values) if v not in present)
         return model

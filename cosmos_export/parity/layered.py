@@ -13,7 +13,7 @@ with ONNX Runtime, and all of it is let go. Every piece is judged twice:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +68,25 @@ class _Chain:
     eager: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class PieceRun:
+    """What one piece computed in one arithmetic, for each case: hidden states (B, T, D), or logits (B, T, V)."""
+
+    name: str
+    layer: int | None
+    arithmetic: Arithmetic
+    weights: Mapping[str, Matrix]
+    slice: ModelProto
+    inputs: list[Tensor]
+    """What went into the piece alone; nothing goes into the embedding."""
+    exact: list[Tensor]
+    """What float64 makes of these inputs."""
+    bundle: list[NDArray[np.float32]]
+    """What the bundle's piece makes of them."""
+    exact_chain: list[Tensor]
+    eager_chain: list[Tensor]
+
+
 def compare_layers(
     graph: Path,
     spec: GraphSpec,
@@ -85,11 +104,11 @@ def compare_layers(
     `with_quality` also measures the distance from the model before rounding, on `text` or on the cases' random tokens.
     Raises ExportError where the graph cannot be cut at its layers.
     """
-    return _Comparison(graph, spec, checkpoint, recipe, progress, causal, provider, with_quality, text).run()
+    return LayerComparison(graph, spec, checkpoint, recipe, progress, causal, provider, with_quality, text).run()
 
 
-class _Comparison:
-    """One pass over the pieces of a model."""
+class LayerComparison:
+    """One pass over the pieces of a model. Who wants to see more than the verdicts overrides `observe`."""
 
     def __init__(
         self,
@@ -116,7 +135,7 @@ class _Comparison:
         self.layers, self.with_quality, self.text = config.n_layers, with_quality, text
         self.cases, self.skipped = build_layer_cases(config, cached=self.runner.cached)
         self.exact: list[Tensor] = []  # hidden states (B, T, D) of every case, in float64 all the way
-        self.chains = [_Chain(arithmetic) for arithmetic in _arithmetics(recipe)]
+        self.chains = [_Chain(arithmetic) for arithmetic in arithmetics_of(recipe)]
         self.before_rounding: list[Tensor] = []  # the same in the float32 model before rounding
         self.pieces: list[PieceResult] = []
         self.compared: list[tuple[str, str | None]] = []
@@ -146,6 +165,9 @@ class _Comparison:
         stored = judged(self.compared, wanted_tensors(self.weights.checkpoint, None))
         return LayeredResult(stored, self.pieces, cases, self.skipped, quality)
 
+    def observe(self, run: PieceRun) -> None:
+        """Is told of every piece when it has been judged, while its tensors are in memory."""
+
     # Pieces
 
     def _embedding(self) -> None:
@@ -153,11 +175,13 @@ class _Comparison:
         self.exact = [self.model.embedded(case, weights).double() for case in self.cases]
         slice_ = self.graph.cut([], [self.graph.hidden[0]])
         for chain in self.chains:
-            dtype = _torch_type(chain.arithmetic)
+            dtype = torch_type(chain.arithmetic)
             chain.bundle = self._run(slice_, chain.arithmetic, self.chained, [{}] * len(self.chained))
             chain.eager = [exact.to(dtype) for exact in self.exact]
             alone = zip(self.cases, chain.bundle, self.exact, chain.eager, strict=False)
             self._judge(EMBEDDING_PIECE, chain.arithmetic, alone, [0.0] * len(self.cases))
+            streams = (self.exact, chain.bundle[: len(self.cases)], self.exact, chain.eager)
+            self.observe(PieceRun(EMBEDDING_PIECE, None, chain.arithmetic, weights, slice_, [], *streams))
         if self.with_quality:
             original = self.weights.original([EMBEDDING])
             self.before_rounding = [self.model.embedded(case, original) for case in self.quality_cases]
@@ -178,16 +202,16 @@ class _Comparison:
         ) -> list[NDArray[np.float32]]:
             return self._run(slice_, arithmetic, cases, [{before: hidden} for hidden in given], after, [layer])
 
-        self.exact = self._piece(f"layer {layer}", eager, bundle)
+        self.exact = self._piece(f"layer {layer}", layer, weights, slice_, eager, bundle)
         if self.with_quality:
             original = self.weights.original(names)
-            lanes = _lanes(self.quality_cases, self.before_rounding)
+            lanes = lanes_of(self.quality_cases, self.before_rounding)
             self.before_rounding = self.model.layer(layer, original, lanes, torch.float32)
 
     def _logits(self) -> tuple[list[CaseResult], Quality | None]:
         names = [FINAL_NORM, EMBEDDING]
         weights = self._read(names, skip=EMBEDDING)
-        before, (logits,) = self.graph.hidden[-1], self.graph.results
+        before, logits = self.graph.hidden[-1], self.runner.logits
         slice_ = self.graph.cut([before], [logits])
 
         def eager(
@@ -200,38 +224,43 @@ class _Comparison:
         ) -> list[NDArray[np.float32]]:
             return self._run(slice_, arithmetic, cases, [{before: hidden} for hidden in given], logits)
 
-        exact = self._piece(LOGITS_PIECE, eager, bundle)
+        exact = self._piece(LOGITS_PIECE, None, weights, slice_, eager, bundle)
         results = [result for chain in self.chains for result in self._end_to_end(chain, exact)]
         if not self.with_quality:
             return results, None
-        lanes = _lanes(self.quality_cases, self.before_rounding)
+        lanes = lanes_of(self.quality_cases, self.before_rounding)
         expected = self.model.logits(self.weights.original(names), lanes, torch.float32)
         return results, self._quality(expected)
 
     def _piece(
         self,
         name: str,
+        layer: int | None,
+        weights: Mapping[str, Matrix],
+        slice_: ModelProto,
         eager: Callable[..., list[Tensor]],
         bundle: Callable[[Arithmetic, Sequence[LayerCase], Sequence[NDArray]], list[NDArray[np.float32]]],
     ) -> list[Tensor]:
         """Runs a piece alone and in its chains, judges it, and gives what float64 makes of its own stream."""
         count, inputs = len(self.cases), {}
         for chain in self.chains:
-            dtype = _torch_type(chain.arithmetic)
+            dtype = torch_type(chain.arithmetic)
             inputs[dtype] = [exact.to(dtype) for exact in self.exact]  # what a piece alone computes on
         doubles = [x.double() for rounded in inputs.values() for x in rounded]
-        everything = eager(_lanes(self.cases * (1 + len(inputs)), [*self.exact, *doubles]), torch.float64)
+        everything = eager(lanes_of(self.cases * (1 + len(inputs)), [*self.exact, *doubles]), torch.float64)
         alone = {dtype: everything[(i + 1) * count : (i + 2) * count] for i, dtype in enumerate(inputs)}
         for chain in self.chains:
-            dtype = _torch_type(chain.arithmetic)
-            rounding = self._rounding if chain.arithmetic is Arithmetic.INT8_ACTIVATIONS else lambda _: None
-            both = eager(_lanes(self.cases * 2, [*inputs[dtype], *chain.eager]), dtype, rounding)
+            dtype = torch_type(chain.arithmetic)
+            rounding = self.rounding if chain.arithmetic is Arithmetic.INT8_ACTIVATIONS else lambda _: None
+            both = eager(lanes_of(self.cases * 2, [*inputs[dtype], *chain.eager]), dtype, rounding)
             given = [*(x.float().numpy() for x in inputs[dtype]), *chain.bundle]
             ran = bundle(chain.arithmetic, [*self.cases, *self.chained], given)
             measured = zip(self.cases, ran[:count], alone[dtype], both[:count], strict=True)
             added = [_span(case, a, x) for case, a, x in zip(self.cases, alone[dtype], inputs[dtype], strict=True)]
             self._judge(name, chain.arithmetic, measured, added)
             chain.bundle, chain.eager = ran[count:], both[count:]
+            streams = (inputs[dtype], alone[dtype], ran[:count], everything[:count], chain.eager)
+            self.observe(PieceRun(name, layer, chain.arithmetic, weights, slice_, *streams))
         return everything[:count]
 
     # Comparing
@@ -311,7 +340,8 @@ class _Comparison:
         pairs = zip(cases, given, strict=True)
         return [self.runner.run(session, case, values, layers)[name] for case, values in pairs]
 
-    def _rounding(self, name: str) -> Rounding | None:
+    def rounding(self, name: str) -> Rounding | None:
+        """How the input of a product with this tensor is rounded where kernels compute with int8 activations."""
         form = self.recipe.form_of(name)
         if form is None or form.accuracy_level != INT8_ACTIVATIONS:
             return None
@@ -328,16 +358,19 @@ def in_arithmetic(model: ModelProto, arithmetic: Arithmetic) -> ModelProto:
     return exact
 
 
-def _arithmetics(recipe: ExportRecipe) -> list[Arithmetic]:
+def arithmetics_of(recipe: ExportRecipe) -> list[Arithmetic]:
+    """What a bundle is compared in: its own arithmetic, and before it the tighter one where there is."""
     arithmetic = arithmetic_of(recipe)
     return [Arithmetic.FLOAT32, arithmetic] if arithmetic is Arithmetic.INT8_ACTIVATIONS else [arithmetic]
 
 
-def _torch_type(arithmetic: Arithmetic) -> torch.dtype:
+def torch_type(arithmetic: Arithmetic) -> torch.dtype:
+    """What the eager model computes with in this arithmetic."""
     return {Arithmetic.FLOAT16: torch.float16, Arithmetic.BFLOAT16: torch.bfloat16}.get(arithmetic, torch.float32)
 
 
-def _lanes(cases: Sequence[LayerCase], hidden: Sequence[Tensor]) -> list[Lane]:
+def lanes_of(cases: Sequence[LayerCase], hidden: Sequence[Tensor]) -> list[Lane]:
+    """Each case with its hidden state."""
     return [Lane(case, x) for case, x in zip(cases, hidden, strict=True)]
 
 

@@ -111,7 +111,7 @@ class CaseRunner:
         self._roles = {tensor.name: tensor.role for tensor in spec.inputs}
         self._past = [[t.name for t in spec.inputs if t.role == r] for r in (Role.PAST_KEY, Role.PAST_VALUE)]
         self._present = [[t.name for t in spec.outputs if t.role == r] for r in (Role.PRESENT_KEY, Role.PRESENT_VALUE)]
-        self._logits = next(t.name for t in spec.outputs if t.role == Role.LOGITS)
+        self.logits = next(t.name for t in spec.outputs if t.role == Role.LOGITS)
         self._by_rows = any(t.role == Role.LOGIT_ROWS for t in spec.inputs)
 
     @property
@@ -125,17 +125,21 @@ class CaseRunner:
         case: LayerCase,
         given: dict[str, Array],
         layers: Sequence[int] = (),
+        watch: Callable[[Piece, dict[str, Any]], None] | None = None,
     ) -> dict[str, Array]:
         """Every output of the slice over the tokens of a case, (B, T, ...) by name; zeros where no piece reaches.
 
         `given` are values of the graph (B, T, ...), of which each piece gets its part. `layers` are those whose caches
-        pass from piece to piece; their outputs come as the last piece left them, (B, K, L, E).
+        pass from piece to piece; their outputs come as the last piece left them, (B, K, L, E). `watch` is told what a
+        piece is fed with.
         """
         wanted = [output.name for output in session.get_outputs()]
         cache = self._fresh_cache(case, layers)
         found: dict[str, Array] = {}
         for piece in case.pieces:
             feed = self._feed(session, case, piece, given, cache)
+            if watch is not None:
+                watch(piece, feed)
             for name, value in zip(wanted, session.run(wanted, feed), strict=True):
                 if name in self._present[0] or name in self._present[1]:
                     found[name] = cache[self._past_of(name)] = value
@@ -182,16 +186,26 @@ class CaseRunner:
         return self._past[part][self._present[part].index(present)]
 
     def _collect(self, found: dict[str, Array], name: str, value: Array, case: LayerCase, piece: Piece) -> None:
-        if name == self._logits and self._by_rows:
+        if name == self.logits and self._by_rows:
             value = value.reshape(case.batch, piece.count, -1)
         if value.shape[:2] != (case.batch, piece.count):
             raise ValueError(f"{name}: expected (batch {case.batch}, tokens {piece.count}, ...), got {value.shape}")
         into = found.setdefault(name, np.zeros((*case.input_ids.shape, *value.shape[2:]), np.float32))
-        # Logits are asked for by their distance from a row's last token, so they stand at the right.
-        at_the_right = name == self._logits and self.cached and not self._by_rows
         for row, (start, length) in enumerate(zip(piece.starts, piece.lengths, strict=True)):
-            new = length - start
-            into[row, start:length] = value[row, piece.count - new :] if at_the_right else value[row, :new]
+            into[row, start:length] = value[row, self._places(name, piece, length - start)]
+
+    def _places(self, name: str, piece: Piece, new: int) -> slice:
+        """Where a row of a piece with so many new tokens has them: logits are asked for by their distance from a row's
+        last token, so they stand at the right."""
+        at_the_right = name == self.logits and self.cached and not self._by_rows
+        return slice(piece.count - new, None) if at_the_right else slice(0, new)
+
+    def as_piece(self, name: str, values: Array, piece: Piece) -> Array:
+        """Of a value (B, T, ...), what a run of this piece has to give; NaN where that is anything."""
+        part = np.full((len(values), piece.count, *values.shape[2:]), np.nan, values.dtype)
+        for row, (start, length) in enumerate(zip(piece.starts, piece.lengths, strict=True)):
+            part[row, self._places(name, piece, length - start)] = values[row, start:length]
+        return part.reshape(-1, values.shape[-1]) if name == self.logits and self._by_rows else part
 
 
 def _rows(values: NDArray, piece: Piece) -> NDArray:

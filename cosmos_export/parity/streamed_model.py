@@ -169,19 +169,19 @@ class StreamedModel:
         lanes: Sequence[Lane],
         dtype: torch.dtype,
         round_input: Callable[[str], Rounding | None] = lambda _: None,
-        watch: Callable[[str, Tensor], None] | None = None,
+        watch: Callable[[str, Tensor, Tensor], None] | None = None,
     ) -> list[Tensor]:
         """The hidden states (B, T, D) of the lanes after a layer that computes in `dtype`.
 
-        `watch` is told what each module of the layer gives, (1, N, ...), by its name within the layer.
+        `watch` is told what goes into each module of the layer and what comes out, (1, N, ...), by its name within it.
         """
         module = self._module(layer, weights, dtype, round_input)
         if watch is not None:
             for name, part in module.named_modules():
-                part.register_forward_hook(lambda _, __, output, name=name: watch(name, output))
+                part.register_forward_hook(lambda _, inputs, output, name=name: watch(name, inputs[0], output))
         attend = self.attend(layer, lanes, dtype)
         x = torch.cat([lane.hidden.to(dtype).flatten(0, 1) for lane in lanes])[None]  # (1, N, D)
-        return _apart(module(x, attend)[0], lanes)
+        return apart(module(x, attend)[0], lanes)
 
     @torch.inference_mode()
     def logits(
@@ -195,7 +195,7 @@ class StreamedModel:
         norm = _norm(self.config, weights[FINAL_NORM], dtype)
         x = norm(torch.cat([lane.hidden.to(dtype).flatten(0, 1) for lane in lanes]))
         rounding = round_input(EMBEDDING)
-        return _apart(product(x if rounding is None else rounding(x), weights[EMBEDDING]), lanes)
+        return apart(product(x if rounding is None else rounding(x), weights[EMBEDDING]), lanes)
 
     def attend(self, layer: int, lanes: Sequence[Lane], dtype: torch.dtype) -> AttendLanes:
         """What attends in a layer for these lanes."""
@@ -249,7 +249,7 @@ class AttendLanes:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query (1, N, H*E), key and value (1, N, K*E) to (1, N, H*E)."""
-        parts = zip(self.lanes, *(_apart(x[0], self.lanes) for x in (query, key, value)), strict=True)
+        parts = zip(self.lanes, *(apart(x[0], self.lanes) for x in (query, key, value)), strict=True)
         return torch.cat([self._attended(*part).flatten(0, 1) for part in parts])[None]
 
     def _attended(self, lane: Lane, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ def _norm(config: CosmosAdvancedConfig, weight: Matrix, dtype: torch.dtype) -> R
     return norm
 
 
-def _apart(x: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
+def apart(x: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
     """Tokens (N, ...) of all lanes, lane by lane: (B, T, ...) each."""
     return list(_apart_of(x, lanes))
 
