@@ -68,7 +68,7 @@ class Bundle:
         return self.path / name if self._held is None else self._held.path(name)
 
     def check_in_place(self) -> None:
-        """Make sure that no other bundle has taken the folder's place: for whoever has just loaded several of its files,
+        """Make sure that no other bundle has taken the folder's place: for whoever has just loaded several files,
         which might be some of one and some of the other. Raises: BundleError."""
         if self._held is not None:
             self._held.check()
