@@ -132,7 +132,10 @@ def _can_lock(folder: Path) -> bool:
     """Whether the file system has locks; some network ones have none."""
     if sys.platform == "win32":
         return False
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:  # a folder that may be written to and not read
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -81,6 +81,7 @@ class Bundle:
 
         Raises: BundleError naming the first file that differs. `cosmos_runtime.check_bundle` finds all of them.
         """
+        self.check_in_place()
         problem = digest_problem(read_manifest(self.path), str(self.path / MANIFEST_NAME))
         if problem is not None:
             raise BundleError(f"{self.path / MANIFEST_NAME}: {problem}; {CURE}")
