@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from cosmos_export.cli.diff import diff_command
 from cosmos_export.cli.generate import generate_command
 from cosmos_export.cli.group import ExportGroup
 from cosmos_export.cli.onnx import onnx_command
@@ -37,5 +38,6 @@ main.add_command(onnx_command)
 main.add_command(torchscript_command)
 main.add_command(pt2_command)
 main.add_command(verify_command)
+main.add_command(diff_command)
 main.add_command(generate_command)
 main.add_command(sign_command)

@@ -4,7 +4,7 @@ are stored, asks whether each row is still near the checkpoint's, and then wheth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,36 +13,43 @@ import torch
 from torch import Tensor
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.model.loading import skeleton
+from cosmos_export.model.capabilities import weight_source
+from cosmos_export.model.loading import model_skeleton, skeleton
+from cosmos_export.model.tensors_read import tensors_read
 from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize
 from cosmos_export.onnx.signature import parts_of, quantized_name
 from cosmos_export.parity.gates import CALIBRATION_GATES
 from cosmos_export.recipe import ExportRecipe
 
 
-def with_stored_levels(checkpoint: Checkpoint, graph: Path, recipe: ExportRecipe) -> Checkpoint:
-    """The checkpoint whose quantised matrices are those that a graph's file holds; what it lacks stays uncalibrated."""
+def with_stored_levels(
+    checkpoint: Checkpoint, graph: Path, recipe: ExportRecipe, capabilities: Sequence[str] | None = None
+) -> Checkpoint:
+    """The checkpoint whose quantised matrices are those that a graph's file holds; what it lacks stays uncalibrated.
+
+    `capabilities` are those of a model with heads, whose matrices are calibrated, too; None is the plain decoder.
+    """
     initializers = ir.load(graph).graph.initializers
-    names, found = set(_calibrated_names(checkpoint, recipe)), dict[str, QuantizedMatrix]()
+    shapes, found = _calibrated_shapes(checkpoint, recipe, capabilities), dict[str, QuantizedMatrix]()
     for blocks in [name for name in initializers if name.endswith(quantized_name("", "blocks"))]:
         source = blocks.removesuffix(quantized_name("", "blocks"))
         parts = parts_of(source)
         scales = initializers.get(quantized_name(source, "scales"))
-        if scales is not None and names.issuperset(parts):
+        if scales is not None and shapes.keys() >= set(parts):
             matrix = QuantizedMatrix(_tensor(initializers[blocks]), _tensor(scales), None)
-            rows = [checkpoint.stored[part].shape[0] for part in parts]
+            rows = [shapes[part][0] for part in parts]
             if matrix.blocks.shape[:2] == matrix.scales.shape and sum(rows) == len(matrix.blocks):
                 found |= zip(parts, _split_rows(matrix, rows), strict=True)
     return replace(checkpoint, calibrated=found)
 
 
-def strayed(checkpoint: Checkpoint, recipe: ExportRecipe) -> Iterator[str]:
+def strayed(checkpoint: Checkpoint, recipe: ExportRecipe, capabilities: Sequence[str] | None = None) -> Iterator[str]:
     """What is wrong with each calibrated matrix of `checkpoint` that is further from its tensor than the gate says."""
-    for name in _calibrated_names(checkpoint, recipe):
+    for name in _calibrated_shapes(checkpoint, recipe, capabilities):
         form = recipe.form_of(name)
         if name not in checkpoint.calibrated or form is None:
             continue  # that it is missing is for the comparison of stored tensors to say
-        matrix = checkpoint.tensor(name).to(torch.float32)
+        matrix = _matrix(checkpoint, name)
         error = _relative_row_errors(checkpoint.calibrated[name], matrix, form)
         gate, worst = CALIBRATION_GATES[form.bits], int(error.argmax())
         if not float(error[worst]) <= gate.row_error:  # so that NaN fails
@@ -60,8 +67,26 @@ def _relative_row_errors(stored: QuantizedMatrix, matrix: Tensor, form: Quantiza
     return away.norm(dim=1) / matrix.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _calibrated_names(checkpoint: Checkpoint, recipe: ExportRecipe) -> list[str]:
-    return [name for name in skeleton(checkpoint.config).state_dict() if recipe.form_of(name) is not None]
+def _calibrated_shapes(
+    checkpoint: Checkpoint, recipe: ExportRecipe, capabilities: Sequence[str] | None
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every matrix that a calibration makes, by its name in the model."""
+    config = checkpoint.config
+    if capabilities is None:
+        tensors = dict(skeleton(config).state_dict())
+    else:
+        model, read = model_skeleton(config, capabilities=capabilities), tensors_read(config, capabilities)
+        named = [*model.named_parameters(), *model.named_buffers()]
+        tensors = {name: tensor for name, tensor in named if name in read}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if recipe.form_of(name) is not None}
+
+
+def _matrix(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor of the model in float32: the checkpoint's of that name, or made of several."""
+    source = weight_source(name)
+    if source is None:
+        return checkpoint.tensor(name).to(torch.float32)
+    return source.read(lambda part: checkpoint.tensor(part).to(torch.float32))
 
 
 def _tensor(value: ir.Value) -> Tensor:

@@ -44,7 +44,7 @@ from cosmos_export.progress import Progress
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import GraphSpec
 
-EMBEDDING_PIECE, LOGITS_PIECE = "embedding", "logits"
+EMBEDDING_PIECE, NORM_PIECE, LOGITS_PIECE = "embedding", "final norm", "logits"
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class LayerComparison:
         self.model = StreamedModel(config, causal=causal)
         self.weights = StreamedWeights(checkpoint, recipe)
         self.layers, self.with_quality, self.text = config.n_layers, with_quality, text
+        self.with_heads = False  # whose logits are not the hidden state's: the last piece is then the final norm
         self.cases, self.skipped = build_layer_cases(config, cached=self.runner.cached)
         self.exact: list[Tensor] = []  # hidden states (B, T, D) of every case, in float64 all the way
         self.chains = [_Chain(arithmetic) for arithmetic in arithmetics_of(recipe)]
@@ -211,12 +212,15 @@ class LayerComparison:
     def _logits(self) -> tuple[list[CaseResult], Quality | None]:
         names = [FINAL_NORM, EMBEDDING]
         weights = self._read(names, skip=EMBEDDING)
-        before, logits = self.graph.hidden[-1], self.runner.logits
+        name, logits = (NORM_PIECE, self.graph.normed) if self.with_heads else (LOGITS_PIECE, self.runner.logits)
+        before = self.graph.hidden[-1]
         slice_ = self.graph.cut([before], [logits])
 
         def eager(
             lanes: Sequence[Lane], dtype: torch.dtype, rounding: Callable[[str], Rounding | None] = lambda _: None
         ) -> list[Tensor]:
+            if self.with_heads:
+                return self.model.normed(weights, lanes, dtype)
             return self.model.logits(weights, lanes, dtype, rounding)
 
         def bundle(
@@ -224,7 +228,7 @@ class LayerComparison:
         ) -> list[NDArray[np.float32]]:
             return self._run(slice_, arithmetic, cases, [{before: hidden} for hidden in given], logits)
 
-        exact = self._piece(LOGITS_PIECE, None, weights, slice_, eager, bundle)
+        exact = self._piece(name, None, weights, slice_, eager, bundle)
         results = [result for chain in self.chains for result in self._end_to_end(chain, exact)]
         if not self.with_quality:
             return results, None

@@ -181,6 +181,11 @@ class CaseRunner:
     def _zeros(self, case: LayerCase) -> Array:
         return np.zeros((case.batch, self.config.n_kv_heads, case.length, self.config.head_dim), np.float32)
 
+    def cache_of(self, layer: int) -> list[tuple[str, str]]:
+        """The names of a layer's past and present: of its keys, then of its values; none without a cache."""
+        pairs = zip(self._past, self._present, strict=True)
+        return [(past[layer], present[layer]) for past, present in pairs if past]
+
     def _past_of(self, present: str) -> str:
         part = 0 if present in self._present[0] else 1
         return self._past[part][self._present[part].index(present)]
@@ -200,7 +205,7 @@ class CaseRunner:
         at_the_right = name == self.logits and self.cached and not self._by_rows
         return slice(piece.count - new, None) if at_the_right else slice(0, new)
 
-    def as_piece(self, name: str, values: Array, piece: Piece) -> Array:
+    def as_piece(self, name: str, values: NDArray[Any], piece: Piece) -> NDArray[Any]:
         """Of a value (B, T, ...), what a run of this piece has to give; NaN where that is anything."""
         part = np.full((len(values), piece.count, *values.shape[2:]), np.nan, values.dtype)
         for row, (start, length) in enumerate(zip(piece.starts, piece.lengths, strict=True)):

@@ -184,6 +184,12 @@ class StreamedModel:
         return apart(module(x, attend)[0], lanes)
 
     @torch.inference_mode()
+    def normed(self, weights: Mapping[str, Matrix], lanes: Sequence[Lane], dtype: torch.dtype) -> list[Tensor]:
+        """The lanes' hidden states after the last layer, normed: (B, T, D)."""
+        norm = _norm(self.config, weights[FINAL_NORM], dtype)
+        return [norm(lane.hidden.to(dtype)) for lane in lanes]
+
+    @torch.inference_mode()
     def logits(
         self,
         weights: Mapping[str, Matrix],
@@ -192,8 +198,7 @@ class StreamedModel:
         round_input: Callable[[str], Rounding | None] = lambda _: None,
     ) -> list[Tensor]:
         """Logits (B, T, V) of the lanes' hidden states after the last layer."""
-        norm = _norm(self.config, weights[FINAL_NORM], dtype)
-        x = norm(torch.cat([lane.hidden.to(dtype).flatten(0, 1) for lane in lanes]))
+        x = torch.cat([normed.flatten(0, 1) for normed in self.normed(weights, lanes, dtype)])
         rounding = round_input(EMBEDDING)
         return apart(product(x if rounding is None else rounding(x), weights[EMBEDDING]), lanes)
 

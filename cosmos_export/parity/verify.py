@@ -84,13 +84,13 @@ def verify_bundle(
     progress.stage("Comparing stored tensors")
     models = [spec for name, spec in manifest.graphs.items() if not name.startswith(f"{SAMPLER}.")]  # those have none
     graphs = [session.bundle.file(spec.file) for spec in models]
-    if recipe.calibration is not None and not checkpoint.calibrated:  # an export has just made them, and knows better
-        checkpoint = with_stored_levels(checkpoint, graphs[0], recipe)
     heads = None if manifest.capabilities is None else tuple(manifest.capabilities["names"])
+    if recipe.calibration is not None and not checkpoint.calibrated:  # an export has just made them, and knows better
+        checkpoint = with_stored_levels(checkpoint, graphs[0], recipe, heads)
     compare_file = compare_stored if recipe.format == ONNX else compare_program
     stored = [compare_file(graph, checkpoint, recipe, heads) for graph in graphs]
     if recipe.calibration is not None:
-        far = list(strayed(checkpoint, recipe))
+        far = list(strayed(checkpoint, recipe, heads))
         stored = [tensors.with_calibrated(len(checkpoint.calibrated), far) for tensors in stored]
     compare = _decoder_results if heads is None else partial(_heads_results, heads)
     with _sessions(session, recipe, provider) as sessions:
