@@ -24,11 +24,11 @@ from cosmos_export.cli.group import fail
     help="Environment variable with the key's password, where it has one; default: you are asked for it.",
 )
 def sign_command(bundle: Path, key: Path, password_env: str | None) -> None:
-    """Sign every file of BUNDLE, so that whoever has your public key can tell that it is yours and unaltered.
+    """Sign BUNDLE, as yours and unaltered.
 
-    The files are first compared with the manifest. The signature, BUNDLE/model.sig, is in the OpenSSF Model Signing
-    format; no network is used. Exporting to the same place again makes a bundle without one. Needs
-    pip install "cosmos-export[sign]".
+    Whoever has your public key can then tell both. The files are first compared with the manifest. The signature,
+    BUNDLE/model.sig, is over every file, in the OpenSSF Model Signing format; no network is used. Exporting to the same
+    place again makes a bundle without one. Needs pip install "cosmos-export[sign]".
 
     \b
     Examples:

@@ -17,6 +17,8 @@ from cosmos_runtime.checking import SIGNATURE_NAME, check_bundle
 from cosmos_runtime.errors import BundleError, CosmosRuntimeError, InputError, first_line
 
 _PACKAGE_CURE = 'install it with: pip install "cosmos-export[sign]"'
+# A few hundred bytes a file.
+_LARGEST_SIGNATURE = 16 << 20
 # P-256, P-384 or P-521: what the package takes.
 _KEY = "expected the {half} key of an elliptic curve in PEM form; `cosmos-export sign --help` says how to make a pair"
 
@@ -58,6 +60,8 @@ def verify_signature(folder: Path, public_key: Path) -> dict[str, str]:
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     if not signature.is_file():
         raise BundleError(f"{signature}: missing: the bundle is not signed; sign it with: cosmos-export sign")
+    if signature.stat().st_size > _LARGEST_SIGNATURE:
+        raise BundleError(f"{signature}: does not hold: expected at most {_LARGEST_SIGNATURE:,} bytes")
     recorder = _Recorder(_hashing(hashing))
     with _typed(BundleError, f"{signature}: does not hold", "get the bundle again from who signed it"):
         config.set_hashing_config(recorder).verify(folder, signature)
