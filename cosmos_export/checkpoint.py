@@ -21,7 +21,7 @@ from cosmos_export.checkpoint_checks import check_rotary_tables
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import CheckpointError
 from cosmos_export.model.head_layout import check_head_layout, tile_to_interleave
-from cosmos_export.weight_files import SAFETENSORS, StoredTensor, stored_tensors
+from cosmos_export.weight_files import FLOATING_POINT, SAFETENSORS, StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
     from cosmos_export.onnx.quantize import QuantizedMatrix
@@ -112,8 +112,8 @@ class Checkpoint:
             return f"{name} is missing"
         if stored.shape != shape:
             return f"{name} has shape {stored.shape}, expected {shape}"
-        if not stored.dtype.is_floating_point:
-            return f"{name} has dtype {stored.dtype}, expected a floating-point one"
+        if stored.dtype not in FLOATING_POINT:
+            return f"{name} has dtype {stored.dtype}, expected a floating-point one of 16, 32 or 64 bits"
         return None
 
 

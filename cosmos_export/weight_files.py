@@ -31,6 +31,9 @@ _LARGEST_INDEX = 64 << 20
 _CHECKED_AT_ONCE = 1 << 22
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+# What weights may be. Numbers of 8 bits mean something only with a scale that is kept elsewhere.
+FLOATING_POINT = tuple(_DTYPES.values())
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -170,7 +173,7 @@ def _first_line(error: Exception) -> str:
 
 def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
     """`tensor`, all of whose values are numbers. Raises CheckpointError that counts those that are not."""
-    if not tensor.dtype.is_floating_point or not tensor.numel():
+    if tensor.dtype not in FLOATING_POINT or not tensor.numel():
         return tensor
     parts = torch.atleast_1d(tensor).split(_rows_at_once(tensor))
     broken = sum(int((~part.isfinite()).sum()) for part in parts if not _sums_up(part))
