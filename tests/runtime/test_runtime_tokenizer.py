@@ -1,6 +1,9 @@
 """The tokenizer wrapper, and streams that never show half a character."""
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from cosmos_runtime import InputError, TextStream, Tokenizer, TokenizerError, load
-from cosmos_runtime.tokenizer import REPLACEMENT
+from cosmos_runtime.tokenizer import LARGEST_FILE, REPLACEMENT
 
 from .tiny_bundles import END, BundleFactory, byte_tokenizer
 
@@ -89,6 +92,95 @@ def test_what_is_not_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a tokenizer"):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
+
+
+def write(path: Path, **changes: Any) -> Path:
+    """The byte tokenizer (ids 0 to 256), with some parts of its JSON replaced."""
+    path.write_text(json.dumps({**json.loads(byte_tokenizer().to_str()), **changes}), encoding="utf-8")
+    return path
+
+
+def around(ids: list[int]) -> dict[str, Any]:
+    """A post-processor that puts a token of these ids before every text."""
+    single = [{"SpecialToken": {"id": "[S]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"[S]": {"id": "[S]", "ids": ids, "tokens": ["[S]"] * len(ids)}}
+    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+
+
+def words(**ids: int) -> dict[str, Any]:
+    return {"type": "WordLevel", "vocab": ids, "unk_token": "no such token"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "vocab_size", "message"),
+    [
+        ({}, 256, r"expected ids from 0 to 255 \(.*vocab_size is 256\), got token '<\|end\|>' with id 256; put"),
+        ({"model": words(a=0, b=4_000_000_000), "added_tokens": []}, 257, "got token 'b' with id 4000000000"),
+        ({"post_processor": around([257])}, 257, r"got id 257 \(put around every text\)"),
+        ({"post_processor": around([0, 1, 2**32 - 1])}, 257, "got id 4294967295"),
+    ],
+    ids=["special token", "token", "put around", "one of several put around"],
+)
+def test_ids_beyond_the_model(tmp_path: Path, changes: dict[str, Any], vocab_size: int, message: str) -> None:
+    path = write(tmp_path / "tokenizer.json", **changes)
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer.from_file(path, vocab_size=vocab_size)
+    Tokenizer.from_file(path)  # without a model, there is nothing to fit
+
+
+def test_a_model_may_know_more_tokens(tmp_path: Path) -> None:
+    path = write(tmp_path / "tokenizer.json", post_processor=around([256]))
+    assert Tokenizer.from_file(path, vocab_size=257).encode("a") == [256, BYTES.encode("a")[0]]
+    assert Tokenizer.from_file(path, vocab_size=4096).vocab_size == 257
+
+
+def test_text_that_the_tokenizer_fails_at(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(write(tmp_path / "tokenizer.json", model=words(a=0)), vocab_size=257)
+    with pytest.raises(TokenizerError, match="cannot encode this text: .*Missing"):
+        tokenizer.encode("b")
+    with pytest.raises(TokenizerError, match="cannot decode these tokens"):
+        tokenizer.decode([2**40])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"model": ' + b"9" * 400])
+def test_files_that_are_no_tokenizer(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(TokenizerError, match="not a tokenizer: "):
+        Tokenizer.from_file(tmp_path / "tokenizer.json")
+
+
+def test_places_that_hold_no_tokenizer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").touch()
+    os.truncate(tmp_path / "large", LARGEST_FILE + 1)
+    for name, message in (("pipe", "got no file"), ("missing", "got nothing"), ("large", "at most 67108864 bytes")):
+        with pytest.raises(TokenizerError, match=message):
+            Tokenizer.from_file(tmp_path / name)
+
+
+class PanicException(BaseException):
+    """As the one that the library raises where its Rust code panics, which is no Exception."""
+
+
+class Panics:
+    def encode(self, text: str) -> None:
+        raise PanicException("index out of bounds: the len is 3\nnote: run with RUST_BACKTRACE=1")
+
+    decode = encode
+
+
+def test_a_panic_is_an_error_like_others() -> None:
+    with pytest.raises(TokenizerError, match="it fails inside: index out of bounds: the len is 3; put"):
+        Tokenizer(Panics()).encode("a")
+
+
+def test_an_interrupt_stays_one() -> None:
+    class Interrupted(Panics):
+        def encode(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer(Interrupted()).encode("a")
 
 
 def test_bundle_without_tokenizer(make_bundle: BundleFactory) -> None:
