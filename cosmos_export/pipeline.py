@@ -20,6 +20,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint_checks import check_tokenizer
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ParityError
+from cosmos_export.garbage import uncollected
 from cosmos_export.model.capabilities import capability_set
 from cosmos_export.model.loading import parameter_count
 from cosmos_export.onnx.decode_kernels import EXTERNAL_FROM_BYTES, why_not, write_decode_kernels
@@ -147,7 +148,7 @@ def _onnx_graphs(
     }
     for graph, spec in specs.items():
         progress.stage(f"Tracing the {graph} graph")
-        with stopwatch.during(TRACING):
+        with stopwatch.during(TRACING), uncollected():
             program = run_passes(trace(model, graph, spec, fused_attention=fused), recipe)
         attach_weights(program, checkpoint, recipe, heads, stopwatch)
         progress.stage(f"Writing {spec.file} and its weights")

@@ -101,13 +101,16 @@ def run_export(
         raise click.UsageError("--head lm is the decoder without capability heads: give it or --capabilities.")
     heads = None if capabilities is None else _names(capabilities)
 
-    from cosmos_export.cli.stages import shown_progress
-    from cosmos_export.cli.terminal import print_report
-    from cosmos_export.errors import ParityError
-    from cosmos_export.model.capabilities import has_heads
-    from cosmos_export.parity.verify import Effort
-    from cosmos_export.pipeline import export_bundle
-    from cosmos_export.recipe import ExportRecipe
+    from cosmos_export.garbage import uncollected
+
+    with uncollected():
+        from cosmos_export.cli.stages import shown_progress
+        from cosmos_export.cli.terminal import print_report
+        from cosmos_export.errors import ParityError
+        from cosmos_export.model.capabilities import has_heads
+        from cosmos_export.parity.verify import Effort
+        from cosmos_export.pipeline import export_bundle
+        from cosmos_export.recipe import ExportRecipe
 
     chosen, text = adapt(ExportRecipe.load(recipe or DEFAULT_RECIPES[graph_format][causal]))
     if chosen.format != graph_format:
