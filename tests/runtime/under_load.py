@@ -122,7 +122,7 @@ def at_once(tasks: Sequence[Callable[[], object]], threads: int = THREADS) -> No
 
 def alive() -> Counter[str]:
     """How many objects of requests there are, by type; those in a cycle, too, as long as nobody collects them."""
-    return Counter(type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, OF_A_REQUEST))
+    return Counter(type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), OF_A_REQUEST))
 
 
 def _ids(session: Session, rng: random.Random, most: int) -> list[int]:
