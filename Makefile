@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/
 PARITY := build/parity
 comma := ,
 
-.PHONY: help setup demo test verify-parity lint format bench bench-cuda clean
+.PHONY: help setup demo test fuzz verify-parity lint format bench bench-cuda clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,10 @@ demo: $(READY) ## Export the demo model, prove it, and print text with it
 
 test: $(READY) ## Run the tests
 	$(RUN)python -m pytest
+
+MINUTES ?= 10
+fuzz: $(READY) ## Alter bundles and checkpoints for MINUTES, and see that errors are typed; findings in build/fuzz
+	OMP_NUM_THREADS=1 $(RUN)python -m tests.fuzz --minutes $(MINUTES)
 
 # Each is MODEL/RECIPE: every recipe for CPUs on the trained model, the default one on the geometries of the other
 # presets. MODEL/RECIPE/heads has all capabilities. A recipe's name begins with its format, unless that is ONNX.
