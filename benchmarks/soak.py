@@ -99,7 +99,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> bool:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(11, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     for row, colour in zip(rows, ("#1f6f54", "#c0653a", "#5b6bb0"), strict=True):
         numbers = [reading["generation"] for reading in row["readings"]]
         for what, style in (("anonymous", ".-"), ("allocated", ":")):
@@ -111,7 +111,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> bool:
     axis.set(title=f"Memory of one session; a leak of every cache would be {caches:,.0f} MiB a 1,000 generations")
     axis.set(xlabel="generations", ylabel="MiB", ylim=(0, None))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return True
