@@ -9,7 +9,9 @@ checked against its file; a shard lies in the checkpoint's folder; and what is r
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +47,30 @@ class StoredTensor:
     place: object = None
     """Where its bytes lie, if that is known: tensors of equal places are the same bytes, read in the same way."""
 
+    def announce(self) -> None:
+        """Tells the system that the tensor will be read soon, so that the disk may begin; nothing is waited for."""
+        if isinstance(self.place, _Extent):
+            self.place.announce()
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """Bytes of a file."""
+
+    path: Path
+    start: int
+    length: int
+
+    def announce(self) -> None:
+        if not hasattr(os, "posix_fadvise"):  # not on this system
+            return
+        with contextlib.suppress(OSError):  # whoever reads it will say what is wrong with the file
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, self.start, self.length, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint folder by name, none of them read yet.
@@ -64,15 +90,29 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     _refuse_links_outside(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: _described(path, file, name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            places = _extents(path)
+            return {name: _described(path, file, name, places[name]) for name in file.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
 
 
-def _described(path: Path, file: Any, name: str) -> StoredTensor:
+def _extents(path: Path) -> dict[str, _Extent]:
+    """Where the tensors of a safetensors file lie, by its header, which `safe_open` has found in order.
+
+    https://github.com/huggingface/safetensors#format
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: _Extent(path, 8 + length + start, stop - start) for name, (start, stop) in spans.items()}
+
+
+def _described(path: Path, file: Any, name: str, place: _Extent) -> StoredTensor:
     view = file.get_slice(name)
     dtype = _DTYPES.get(view.get_dtype(), torch.uint8)  # not of numbers for us: `require` names it
-    return StoredTensor(tuple(view.get_shape()), dtype, partial(_mapped, path, name))
+    return StoredTensor(tuple(view.get_shape()), dtype, partial(_mapped, path, name), place)
 
 
 def _mapped(path: Path, name: str) -> Tensor:

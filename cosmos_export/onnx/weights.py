@@ -6,9 +6,10 @@ go, one after another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -23,10 +24,11 @@ from cosmos_export.errors import CheckpointError, ExportError
 from cosmos_export.model.capabilities import is_of_heads, weight_source
 from cosmos_export.model.loading import model_skeleton, skeleton
 from cosmos_export.model.rope import rotary_tables
-from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize, quantize, stack_rows
+from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize, quantize_stacked, stack_rows
 from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, QuantizedPart, parts_of, quantized_part, source_of
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.stopwatch import QUANTISING, READING, Stopwatch
+from cosmos_export.threads import map_in_threads
 from cosmos_export.torch_programs.rows import quantize_rows
 
 _STORED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.UINT8)
@@ -34,6 +36,8 @@ _STORED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, i
 
 # Of a tensor that is converted and written: 16 MB in float32.
 _VALUES_AT_ONCE = 1 << 22
+# The same of one that is transposed: both forms of half a megabyte are in a core's cache.
+_TURNED_AT_ONCE = 1 << 17
 
 
 class WeightReader:
@@ -44,6 +48,12 @@ class WeightReader:
         self.dtype: torch.dtype = getattr(torch, recipe.activations)
         self.stopwatch = stopwatch or Stopwatch()
         self._last: tuple[str, QuantizedMatrix] | None = None
+        self._following: dict[str, str] = {}
+
+    def expect(self, initializers: Iterable[str]) -> None:
+        """Says in which order they will be read: while one is computed, the disk may fetch the next."""
+        sources = list(dict.fromkeys(source_of(quantized_part(name)[0])[0] for name in initializers))
+        self._following = dict(pairwise(sources))
 
     def read(self, initializer: str) -> Tensor:
         """The tensor of an initializer, by its name. Raises CheckpointError where the checkpoint has none for it."""
@@ -62,11 +72,10 @@ class WeightReader:
         if source in (ROTARY_COS, ROTARY_SIN):
             yield self._rotary(source)
         elif transposed:
-            columns = [self._rounded(source, tensor).T.contiguous() for tensor in self._parts(source)]
-            yield columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+            yield self._transposed(source)
         else:
             for tensor in self._parts(source):
-                for rows in _some_rows(tensor):
+                for rows in _some_rows(tensor, _VALUES_AT_ONCE):
                     yield self._rounded(source, rows).contiguous()
 
     def effective(self, source: str) -> Tensor:
@@ -85,13 +94,45 @@ class WeightReader:
         parts = [tensor.to(torch.float32) for tensor in self._parts(source)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _transposed(self, source: str) -> Tensor:
+        names, stored = parts_of(source), self.checkpoint.stored
+        if not all(name in stored for name in names):  # some are made of several tensors, and none of those is large
+            return self._rounded(source, self._matrix(source)).T.contiguous()
+        columns = stored[names[0]].shape[1]
+        result = torch.empty(columns, sum(stored[name].shape[0] for name in names), dtype=self.dtype)
+
+        def turn(piece: tuple[int, Tensor]) -> None:
+            first, rows = piece
+            # By way of memory of their own, in a cache: torch turns whole matrices several times as fast as parts.
+            result[:, first : first + len(rows)] = self._rounded(source, rows).T.contiguous()
+
+        for _ in map_in_threads(turn, self._numbered_rows(source)):
+            pass
+        return result
+
+    def _numbered_rows(self, source: str) -> Iterator[tuple[int, Tensor]]:
+        first = 0
+        for tensor in self._parts(source):
+            for rows in _some_rows(tensor, _TURNED_AT_ONCE):
+                yield first, rows
+                first += len(rows)
+
     def _parts(self, source: str) -> Iterator[Tensor]:
-        """The tensors of the model that `source` holds one above the other, each let go before the next is read."""
-        for name in parts_of(source):
+        """The tensors of the model that `source` holds one above the other, in their own precision."""
+        names = parts_of(source)
+        for name in names:
             with self.stopwatch.during(READING):
                 tensor = self._tensor(name)
+                if name == names[-1]:
+                    self._announce_after(source)
             yield tensor
             del tensor
+
+    def _announce_after(self, source: str) -> None:
+        following = self._following.get(source)
+        for name in () if following is None else parts_of(following):
+            if name in self.checkpoint.stored:  # what is made of several tensors is not
+                self.checkpoint.stored[name].announce()
 
     def _tensor(self, name: str) -> Tensor:
         """A tensor of the model: the checkpoint's of that name in its own precision, or made of several in float32."""
@@ -106,11 +147,8 @@ class WeightReader:
         calibrated, parts = self.checkpoint.calibrated, parts_of(source)
         if all(part in calibrated for part in parts):
             return stack_rows([calibrated[part] for part in parts])
-        return stack_rows([self._quantize(tensor, form) for tensor in self._parts(source)])
-
-    def _quantize(self, matrix: Tensor, form: Quantization) -> QuantizedMatrix:
         with self.stopwatch.during(QUANTISING):
-            return quantize(matrix, form)
+            return quantize_stacked(self._parts(source), form)
 
     def _rounded(self, source: str, values: Tensor) -> Tensor:
         """`values` in the type that is computed with. Raises ExportError where they are beyond its range."""
@@ -176,9 +214,10 @@ def attach_weights(
     """
     require_weights(checkpoint, capabilities)
     reader = WeightReader(checkpoint, recipe, stopwatch)
-    for name, value in model.graph.initializers.items():
-        if value.const_value is None:
-            value.const_value = _Streamed(value, partial(reader.pieces, name))
+    valueless = {name: value for name, value in model.graph.initializers.items() if value.const_value is None}
+    reader.expect(valueless)
+    for name, value in valueless.items():
+        value.const_value = _Streamed(value, partial(reader.pieces, name))
 
 
 class _Streamed(ir.LazyTensor):
@@ -207,9 +246,9 @@ def _write(file: BinaryIO, piece: Tensor) -> int:
     return data.nbytes
 
 
-def _some_rows(tensor: Tensor) -> Sequence[Tensor]:
-    """Views of some rows each; of a tensor of numbers in a row, of some numbers each."""
-    return tensor.split(max(1, _VALUES_AT_ONCE * len(tensor) // max(1, tensor.numel()))) if tensor.dim() else [tensor]
+def _some_rows(tensor: Tensor, values: int) -> Sequence[Tensor]:
+    """Views of some rows each, together of about so many values; of a vector, of some of its numbers."""
+    return tensor.split(max(1, values * len(tensor) // max(1, tensor.numel()))) if tensor.dim() else [tensor]
 
 
 def as_array(tensor: Tensor) -> NDArray:

@@ -111,6 +111,7 @@ def test_pieces_are_the_whole(
     reader = WeightReader(tiny_checkpoint, ExportRecipe.load(recipe))
     whole = reader.read(initializer)
     monkeypatch.setattr(weights, "_VALUES_AT_ONCE", 100)
+    monkeypatch.setattr(weights, "_TURNED_AT_ONCE", 100)
     pieces = list(reader.pieces(initializer))
     assert torch.equal(torch.cat(pieces), whole)
     if "transposed" not in initializer:
