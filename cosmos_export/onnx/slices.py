@@ -6,9 +6,9 @@ within a layer. A slice is a small ONNX model that refers to the bundle's own ex
 Where the borders are follows from the weights that a value depends on, not from what nodes are called. Initializers
 have the checkpoint's names, whatever passes did (packed, transposed, quantised). Of the values that follow from tokens
 and embedding, those that nothing bypasses on the way to the logits are the only places where one tensor carries all:
-after the embedding, after each residual sum, after the final norm. The first of them that depends on every weight of
-layer k is the hidden state after layer k. Within a layer, a step begins or ends where a product reads one of its
-matrices.
+after the embedding, after each residual sum, after the final norm. The last of them before anything meets a weight of
+layer k is the hidden state that goes into layer k. Within a layer, a step begins or ends where a product reads one of
+its matrices.
 
 A skip-norm operator spans such a place: it gives the sum, which is the hidden state, and the norm of it, which belongs
 to the next layer. A slice that begins with the sum runs the same operator on (sum, zeros), which adds nothing.
@@ -97,8 +97,11 @@ class SlicedGraph:
 
         Raises ExportError where the graph's layers cannot be told apart.
         """
-        layers = (self._first_cut(self._weights_of(layer), f"layer {layer}") for layer in self._layers)
-        return (self._embedding, *layers)
+        borders = [self._cuts_before(f"layers.{layer}.")[-1] for layer in self._layers]
+        # Before the final norm its quotient may be the last cut; the sum is the first that depends on the same weights.
+        before = self._cuts_before(FINAL_NORM)
+        last = next(cut for cut in before if self._depends[cut] == self._depends[before[-1]])
+        return (*borders, last)
 
     @cached_property
     def normed(self) -> str:
@@ -220,29 +223,32 @@ class SlicedGraph:
                 cuts += live
         return cuts
 
-    @cached_property
-    def _reaching(self) -> frozenset[str]:
-        """The checkpoint's tensors that any result follows from."""
-        return frozenset().union(*(self._depends[name] for name in self.results))
-
     @property
     def _layers(self) -> range:
-        numbers = {int(name.split(".")[1]) for name in self._reaching if name.startswith("layers.")}
-        return range(max(numbers, default=-1) + 1)
+        depends = (self._depends[name] for name in self.initializers)
+        numbers = {int(s.split(".")[1]) for sources in depends for s in sources if s.startswith("layers.")}
+        if not numbers:
+            raise ExportError(
+                f"{self.folder}: no initializer of the graph is called layers.NUMBER.*, as a checkpoint's tensors are, "
+                f"so its layers cannot be told apart; export it again"
+            )
+        return range(max(numbers) + 1)
 
-    @property
-    def _embedding(self) -> str:
-        """The last cut before anything meets a weight of a layer."""
+    def _cuts_before(self, weights: str) -> list[str]:
+        """The cuts that lie before anything meets a weight whose name begins so."""
         for step in self._steps:
-            if any(self._is_data(v) for v in step.reads) and any(self._is_of_layers(v) for v in step.reads):
+            if any(self._is_data(v) for v in step.reads) and any(self._follows_from(v, weights) for v in step.reads):
                 before = self._ancestors(step)
-                cuts = [cut for cut in self._cuts if cut in before and not self._is_of_layers(cut)]
+                cuts = [cut for cut in self._cuts if cut in before]
                 if cuts:
-                    return cuts[-1]
-        raise ExportError(f"{self.folder}: no value of the graph is the embedding of its tokens; export it again")
+                    return cuts
+        raise ExportError(
+            f"{self.folder}: no single value of the graph is the hidden state before {weights}*. The graph is not one "
+            f"that this version writes; export the bundle again"
+        )
 
-    def _is_of_layers(self, value: str) -> bool:
-        return any(name.startswith("layers.") for name in self._depends.get(value, ()))
+    def _follows_from(self, value: str, weights: str) -> bool:
+        return any(name.startswith(weights) for name in self._depends.get(value, ()))
 
     def _ancestors(self, step: _Step) -> set[str]:
         found, open_ = set[str](), list(step.reads)
@@ -252,9 +258,6 @@ class SlicedGraph:
                 found.add(value)
                 open_ += self._writer[value].reads if value in self._writer else ()
         return found
-
-    def _weights_of(self, layer: int) -> set[str]:
-        return {name for name in self._reaching if name.startswith(f"layers.{layer}.")}
 
     def _first_cut(self, weights: set[str], what: str) -> str:
         for cut in self._cuts:
