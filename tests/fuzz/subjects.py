@@ -82,6 +82,7 @@ SUBJECTS = {
     "external": Subject("bundle", write_bundle),
     "exported": Subject("bundle", _exported, share=2),
     "heads": Subject("bundle", lambda folder: _exported(folder, heads=True), share=2),
+    "export": Subject("export", _checkpoint, share=2),
     "safetensors": Subject("checkpoint", _checkpoint),
     "shards": Subject("checkpoint", lambda folder: _checkpoint(folder, sharded=True)),
     "pickle": Subject("checkpoint", lambda folder: _checkpoint(folder, pickled=True)),

@@ -1,6 +1,6 @@
 """The process that meets the files: it does what a user would, says how that ended, and is asked again.
 
-One line of JSON in, one out: {"kind": "bundle" | "checkpoint", "folder": ...} to {"ending": ..., "error": ...}.
+One line of JSON in, one out: {"folder": ...} to {"ending": ..., "error": ...}.
 An ending is "works", "refused" (an error of the project's own) or "untyped" (anything else; with its traceback).
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 # Address space: what a few tiny models need many times over, and far less than a hostile size would take.
-_MEMORY = {"bundle": 4 << 30, "checkpoint": 16 << 30}
+_MEMORY = {"bundle": 4 << 30, "checkpoint": 16 << 30, "export": 16 << 30}
 
 
 def meet_bundle(folder: Path) -> None:
@@ -34,7 +34,19 @@ def meet_bundle(folder: Path) -> None:
 
 
 def meet_checkpoint(folder: Path) -> None:
-    """Open it, and export a bundle without the proof."""
+    """Open it, look at its tokenizer, and let the eager model continue a prompt."""
+    import cosmos_runtime
+    from cosmos_export.checkpoint import Checkpoint
+    from cosmos_export.checkpoint_checks import check_tokenizer
+    from cosmos_export.torch_programs.sessions import eager_session
+
+    checkpoint = Checkpoint.open(folder)
+    check_tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)
+    list(cosmos_runtime.generate(eager_session(checkpoint, threads=1), [1, 2], max_new_tokens=2))
+
+
+def meet_export(folder: Path) -> None:
+    """Open a checkpoint, and export a bundle without the proof."""
     from cosmos_export.checkpoint import Checkpoint
     from cosmos_export.parity.verify import Effort
     from cosmos_export.pipeline import export_bundle
@@ -68,12 +80,12 @@ def ending_of(kind: str, folder: Path) -> dict[str, str]:
     from cosmos_runtime import CosmosRuntimeError
 
     typed: tuple[type[BaseException], ...] = (CosmosRuntimeError,)
-    if kind == "checkpoint":
+    if kind != "bundle":
         from cosmos_export.errors import CosmosExportError
 
         typed = (CosmosRuntimeError, CosmosExportError)
     try:
-        (meet_bundle if kind == "bundle" else meet_checkpoint)(folder)
+        {"bundle": meet_bundle, "checkpoint": meet_checkpoint, "export": meet_export}[kind](folder)
     except typed as error:
         return {"ending": "refused", "error": type(error).__name__, "message": str(error)[:500]}
     except BaseException as error:
