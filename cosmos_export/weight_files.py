@@ -48,7 +48,8 @@ class StoredTensor:
     """Where its bytes lie, if that is known: tensors of equal places are the same bytes, read in the same way."""
 
     def announce(self) -> None:
-        """Tells the system that the tensor will be read soon, so that the disk may begin; nothing is waited for."""
+        """Tells the system that the tensor will be read soon, so that the disk may begin. That may take as long as the
+        disk does: it is work for a thread of its own."""
         if isinstance(self.place, _Extent):
             self.place.announce()
 
@@ -231,4 +232,5 @@ def _rows_at_once(tensor: Tensor) -> int:
 
 def _sums_up(part: Tensor) -> bool:
     """Whether the sum is a number, and so every value: what is none stays in a sum. Large numbers may overflow it."""
-    return bool(part.sum(dtype=torch.float32).isfinite())
+    wide = torch.float32 if part.dtype == torch.float16 else None  # 16 bits of this kind overflow at 65,504
+    return bool(part.sum(dtype=wide).isfinite())

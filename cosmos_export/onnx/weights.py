@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from threading import Thread
 from typing import Any, BinaryIO
 
 import ml_dtypes
@@ -30,10 +31,13 @@ from cosmos_export.recipe import ExportRecipe
 from cosmos_export.stopwatch import QUANTISING, READING, Stopwatch
 from cosmos_export.threads import map_in_threads
 from cosmos_export.torch_programs.rows import quantize_rows
+from cosmos_export.weight_files import StoredTensor
 
 _STORED_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.UINT8)
 
 
+# Name of the threads that let the disk begin with the next tensor.
+ANNOUNCING = "announce next tensor"
 # Of a tensor that is converted and written: 16 MB in float32.
 _VALUES_AT_ONCE = 1 << 22
 # The same of one that is transposed: both forms of half a megabyte are in a core's cache.
@@ -52,8 +56,8 @@ class WeightReader:
 
     def expect(self, initializers: Iterable[str]) -> None:
         """Says in which order they will be read: while one is computed, the disk may fetch the next."""
-        sources = list(dict.fromkeys(source_of(quantized_part(name)[0])[0] for name in initializers))
-        self._following = dict(pairwise(sources))
+        sources = dict.fromkeys(source_of(quantized_part(name)[0])[0] for name in initializers)
+        self._following = dict(pairwise(source for source in sources if source not in (ROTARY_COS, ROTARY_SIN)))
 
     def read(self, initializer: str) -> Tensor:
         """The tensor of an initializer, by its name. Raises CheckpointError where the checkpoint has none for it."""
@@ -129,10 +133,10 @@ class WeightReader:
             del tensor
 
     def _announce_after(self, source: str) -> None:
-        following = self._following.get(source)
-        for name in () if following is None else parts_of(following):
-            if name in self.checkpoint.stored:  # what is made of several tensors is not
-                self.checkpoint.stored[name].announce()
+        following, stored = self._following.get(source), self.checkpoint.stored
+        if following is not None:  # what is made of several tensors is not stored under its name
+            tensors = [stored[name] for name in parts_of(following) if name in stored]
+            Thread(target=_announce, args=(tensors,), name=ANNOUNCING, daemon=True).start()
 
     def _tensor(self, name: str) -> Tensor:
         """A tensor of the model: the checkpoint's of that name in its own precision, or made of several in float32."""
@@ -238,6 +242,11 @@ class _Streamed(ir.LazyTensor):
         written = sum(_write(file, piece) for piece in self._pieces())
         if written != self.nbytes:
             raise ExportError(f"{self.name} has {written:,} bytes, and the graph has room for {self.nbytes:,}")
+
+
+def _announce(tensors: Iterable[StoredTensor]) -> None:
+    for tensor in tensors:
+        tensor.announce()
 
 
 def _write(file: BinaryIO, piece: Tensor) -> int:

@@ -2,7 +2,9 @@
 model; the rules are about tensors, whatever their size."""
 
 import json
+import os
 import sys
+import threading
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -18,6 +20,7 @@ from torch import Tensor
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.cli import main
 from cosmos_export.config import CosmosAdvancedConfig
+from cosmos_export.onnx.weights import ANNOUNCING
 from cosmos_export.parity.verify import Effort
 from cosmos_export.pipeline import export_bundle
 from cosmos_export.progress import Silent
@@ -82,6 +85,33 @@ def test_a_tensor_is_read_once_and_let_go_before_the_next_but_one(folder: Path, 
     assert any(name.startswith(UNUSED) for name in checkpoint.names)
     assert readings.most <= 2  # of a packed matrix, the next part is read while the last one is in hand
     assert not readings.alive
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc/self/fd")
+def test_the_disk_is_told_of_what_will_be_read_and_of_nothing_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: set[tuple[str, int, int]] = set()
+
+    def advise(descriptor: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        told.add((os.readlink(f"/proc/self/fd/{descriptor}"), start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    checkpoint = Checkpoint.open(folder)
+    export_bundle(checkpoint, tmp_path / "out", ExportRecipe.load("cpu-int8"), effort=Effort.OFF)
+    for thread in threading.enumerate():
+        if thread.name == ANNOUNCING:
+            thread.join()
+    places = {name: stored.place for name, stored in checkpoint.stored.items() if not name.startswith(UNUSED)}
+    extents = {(str(place.path), place.start, place.length) for place in places.values()}  # type: ignore[attr-defined]
+    assert told < extents
+    assert len(extents - told) == 1  # the first one is simply read
+    name, place = next(iter(places.items()))
+    with place.path.open("rb") as file:  # type: ignore[attr-defined]
+        file.seek(place.start)  # type: ignore[attr-defined]
+        data = file.read(place.length)  # type: ignore[attr-defined]
+    assert data == checkpoint.tensor(name).view(torch.uint8).numpy().tobytes()
 
 
 def test_opening_and_refusing_read_nothing(folder: Path, tmp_path: Path) -> None:
