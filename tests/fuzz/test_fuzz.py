@@ -1,5 +1,6 @@
 """A few seconds of fuzzing, the same attacks every time; `python -m tests.fuzz` goes on for longer."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,8 +62,9 @@ def test_what_kills_or_stops_a_process_is_seen(tmp_path: Path) -> None:
     process.kill()
     assert fragile.meet(tmp_path / "nothing").kind == "died"
     assert fragile.meet(tmp_path / "nothing").kind == "refused"
-    fragile.timeout = 0
+    fragile.timeout = 0.1
     process = fragile.process
+    process.send_signal(signal.SIGSTOP)  # it cannot answer, however long it is waited for
     assert fragile.meet(tmp_path / "nothing").kind == "hung"
     assert process.returncode is not None
     fragile.close()
