@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/
 PARITY := build/parity
 comma := ,
 
-.PHONY: help setup demo test fuzz verify-parity lint format bench bench-cuda clean
+.PHONY: help setup demo test fuzz verify-parity lint format bench bench-cuda soak clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ bench: $(READY) ## Time the runtime beside the other engines that are installed;
 	@$(RUN)python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(RUN)python -m benchmarks.full_sequence
 	$(RUN)python -m benchmarks.cpu_decode
+
+soak: $(READY) ## 2,000 generations with changing inputs, and what memory does meanwhile
+	$(RUN)python -m benchmarks.soak
 
 bench-cuda: $(READY) ## Time decoding on an NVIDIA GPU beside transformers, eager and compiled
 	@$(RUN)python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
