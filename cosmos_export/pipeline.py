@@ -80,12 +80,19 @@ def export_bundle(
     # What is not otherwise counted is sealing: hashing, and, when the block ends, waiting until all is on the disk.
     with stopwatch.during(SEALING), staged_folder(out, overwrite=overwrite) as folder:
         with stopwatch.during(CALIBRATING):
-            checkpoint, recipe = _calibrated(checkpoint, recipe, calibration_text, progress)
+            checkpoint, recipe = _calibrated(checkpoint, recipe, heads, calibration_text, progress)
         manifest = _build(folder, out.name, checkpoint, recipe, causal, heads, progress, stopwatch)
         report = None
         if effort is not Effort.OFF:
             with stopwatch.during(VERIFYING):
-                report = verify_bundle(folder, checkpoint, causal=causal, effort=effort, progress=progress)
+                report = verify_bundle(
+                    folder,
+                    checkpoint,
+                    causal=causal,
+                    effort=effort,
+                    trusted=True,  # its files were hashed a moment ago
+                    progress=progress,
+                )
             if not report.passed:
                 raise ParityError(f"the exported graph is not equal to the model: {report.summary()}", report)
             manifest = record_parity(folder, manifest, report.digest())
@@ -141,7 +148,13 @@ def _onnx_graphs(
     model = traceable(config, recipe.activations, causal=causal, fused_attention=fused, capabilities=heads)
     specs = {
         graph: graph_spec(
-            graph, config, recipe.opset, activations=recipe.activations, by_lengths=loop, capabilities=heads
+            graph,
+            config,
+            recipe.opset,
+            activations=recipe.activations,
+            by_lengths=loop,
+            capabilities=heads,
+            on_demand=recipe.branches,
         )
         for graph in recipe.graphs
         if graph != DEVICE_LOOP
@@ -182,7 +195,11 @@ def _for_heads(recipe: ExportRecipe, heads: Sequence[str] | None, progress: Prog
 
 
 def _calibrated(
-    checkpoint: Checkpoint, recipe: ExportRecipe, text: Path | None, progress: Progress
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    heads: Sequence[str] | None,
+    text: Path | None,
+    progress: Progress,
 ) -> tuple[Checkpoint, ExportRecipe]:
     """Both with the calibration done, or without one where there is nothing to gain or no room."""
     plan = recipe.calibration
@@ -197,7 +214,7 @@ def _calibrated(
             f"each block of weights is rounded by itself. Recipe cpu-int4-quick is made for that"
         )
     else:
-        return replace(checkpoint, calibrated=calibrate(checkpoint, recipe, plan, text, progress)), recipe
+        return replace(checkpoint, calibrated=calibrate(checkpoint, recipe, plan, text, progress, heads)), recipe
     return checkpoint, replace(recipe, calibration=None)
 
 

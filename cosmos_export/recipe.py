@@ -13,6 +13,7 @@ from cosmos_export.calibration.plan import CalibrationPlan
 from cosmos_export.checkpoint import EMBEDDING, Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import RecipeError
+from cosmos_export.model.capabilities.stored_names import FUSION as FUSION_MODULE
 from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
 from cosmos_export.onnx.head_matrices import is_wide
 from cosmos_export.onnx.quantize import INT8_ACTIVATIONS, Quantization
@@ -40,8 +41,9 @@ PROJECTIONS = ("qkv_proj", "o_proj", "w1_w3", "w2")
 # Those that dynamic quantisation takes. Not w2: a few of its inputs are far larger than the rest, and one range for a
 # whole tensor leaves 7 bits of nothing to these (of the demo model's divergence, 0.0082 of 0.0087 nats were w2's).
 DYNAMICALLY_QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w3")
-# The same for all wide matrices of the capability heads.
-HEADS = "heads"
+# The same for all wide matrices of the capability heads, and for those of their fusion, which all that they give goes
+# through.
+HEADS, FUSION = "heads", "fusion"
 # A recipe has a kilobyte or two.
 _LARGEST_FILE = 1 << 20
 # What a calibration's tokens and epochs can be: beyond, it would never end.
@@ -54,7 +56,7 @@ class ExportRecipe:
     """What to make of a model: number format, operator dialect, which graphs in which format; for ONNX, which opset.
 
     `quantization` is how the projections and the capability heads' wide matrices are stored, unless `overrides` names
-    another way for one of them, or for all of the heads;
+    another way for one of them, for all of the heads, or for the fusion of these;
     `embedding` is how the tied table is. None means in the type of the activations.
     `activations` is the type that is computed with, and that the cache, the rotary tables and the scales of quantised
     matrices have; logits are always float32. `calibration` says how quantised matrices are fitted to the model's text;
@@ -104,11 +106,18 @@ class ExportRecipe:
         if source == EMBEDDING:
             return self.embedding
         if is_wide(source):
-            return self.overrides.get(HEADS, self.quantization)
+            of_heads = self.overrides.get(HEADS, self.quantization)
+            return self.overrides.get(FUSION, of_heads) if source.startswith(f"{FUSION_MODULE}.") else of_heads
         projection = source.split(".")[-2] if source.count(".") else ""
         for packed, parts in PACKED_PROJECTIONS.items():
             projection = packed if projection in parts else projection
         return self.overrides.get(projection, self.quantization) if projection in PROJECTIONS else None
+
+    @property
+    def branches(self) -> bool:
+        """Whether graphs compute what only some runs want in branches. A branch is a question of the host's, for which
+        a GPU would have to stop; ONNX Runtime's own operators in float32 are for CPUs."""
+        return self.dialect == "ort" and self.activations == "float32"
 
     def rounds_rows(self, source: str) -> bool:
         """Whether a checkpoint tensor becomes a matrix of PyTorch's dynamic quantisation."""
@@ -221,7 +230,7 @@ def _quantization(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(overrides, dict):
         raise RecipeError(f"recipe {path}: overrides must be a table of projections, got {quoted(overrides)}")
     for projection in overrides:
-        _check_member(path, "overrides", projection, (*PROJECTIONS, HEADS))
+        _check_member(path, "overrides", projection, (*PROJECTIONS, HEADS, FUSION))
     forms["overrides"] = {name: _form(path, f"overrides.{name}", value) for name, value in overrides.items()}
     given = [key for key in ("quantization", "embedding", "overrides") if forms.get(key)]
     quantised = values["precision"] not in FLOAT_PRECISIONS

@@ -5,12 +5,13 @@ R  rows of text    T  tokens a row    D  dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from cosmos_export.calibration.heads import MOST_CALLS, round_heads
 from cosmos_export.calibration.learning import learn_levels
 from cosmos_export.calibration.levels import Levels
 from cosmos_export.calibration.plan import CalibrationPlan
@@ -19,7 +20,7 @@ from cosmos_export.calibration.text import sampled_text, text_from_file
 from cosmos_export.checkpoint import EMBEDDING, Checkpoint
 from cosmos_export.model.attention import FullSequenceAttention
 from cosmos_export.model.decoder import CosmosDecoder
-from cosmos_export.model.loading import load_decoder
+from cosmos_export.model.loading import load_decoder, load_model
 from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix
 from cosmos_export.progress import Progress
 from cosmos_export.recipe import ExportRecipe
@@ -31,9 +32,15 @@ _LOOKUP_SHARE = 0.1
 
 
 def calibrate(
-    checkpoint: Checkpoint, recipe: ExportRecipe, plan: CalibrationPlan, text: Path | None, progress: Progress
+    checkpoint: Checkpoint,
+    recipe: ExportRecipe,
+    plan: CalibrationPlan,
+    text: Path | None,
+    progress: Progress,
+    capabilities: Sequence[str] | None = None,
 ) -> dict[str, QuantizedMatrix]:
-    """The quantised form of every matrix of the plain decoder that `recipe` quantises, by the checkpoint's names.
+    """The quantised form of every matrix that `recipe` quantises, by the model's names: of the plain decoder and, with
+    `capabilities`, of these heads.
 
     The text is `text`, a UTF-8 file, or what the model writes itself. Raises CheckpointError when it is unusable.
     """
@@ -46,7 +53,28 @@ def calibrate(
     if plan.epochs:
         progress.stage("Calibrating: learning levels and scales")
         levels = learn_levels(model, levels, ids, plan.epochs, progress.update)
-    return {name: level.packed() for name, level in levels.items()}
+    matrices = {name: level.packed() for name, level in levels.items()}
+    if capabilities is not None:
+        progress.stage("Calibrating: rounding the capability heads")
+        matrices |= _heads(checkpoint, capabilities, levels, recipe, ids, progress)
+    return matrices
+
+
+def _heads(
+    checkpoint: Checkpoint,
+    capabilities: Sequence[str],
+    levels: Mapping[str, Levels],
+    recipe: ExportRecipe,
+    ids: Tensor,
+    progress: Progress,
+) -> dict[str, QuantizedMatrix]:
+    """The heads behind the backbone as it is rounded, on as many rows of the text as there is time and room for."""
+    model = load_model(checkpoint, capabilities=capabilities)
+    for name, level in levels.items():
+        model.get_parameter(name).data = level.values()
+    plan = CalibrationPlan(tokens=MOST_CALLS, epochs=0)
+    rows, _ = plan.rows(sum(p.numel() for p in model.parameters()), ids.shape[1])
+    return round_heads(model, recipe, ids[:rows], progress.update)
 
 
 @torch.no_grad()

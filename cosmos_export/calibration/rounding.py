@@ -15,15 +15,15 @@ from cosmos_export.calibration.levels import Levels, nearest
 from cosmos_export.onnx.quantize import Quantization, block_scales
 
 # Added to the diagonal of the moments, as a share of its mean: inputs that hardly vary must not be leant on.
-_DAMPING = 0.01
+DAMPING = 0.01
 
 
-def round_with_feedback(matrix: Tensor, moments: Tensor, form: Quantization) -> Levels:
+def round_with_feedback(matrix: Tensor, moments: Tensor, form: Quantization, damping: float = DAMPING) -> Levels:
     """The levels of a float32 matrix (N, C) that keep its products with inputs of second moments (C, C) = sum of x x^T.
 
     A block's scales are chosen when its first column's turn comes, for the values that it then has.
     """
-    factor = _inverse_factor(moments)
+    factor = _inverse_factor(moments, damping)
     left = matrix.to(torch.float32).clone()
     steps, scales = torch.empty_like(left), []
     for start in range(0, matrix.shape[1], form.block_size):
@@ -46,10 +46,11 @@ def _round_block(values: Tensor, scale: Tensor, factor: Tensor, form: Quantizati
     return steps, errors
 
 
-def _inverse_factor(moments: Tensor) -> Tensor:
+def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor (C, C) of the inverse of the damped moments, float32; computed in float64."""
     damped = moments.to(torch.float64).clone()
     diagonal = damped.diagonal()  # a view
-    diagonal += _DAMPING * diagonal.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    mean = diagonal.mean()
+    diagonal += damping * (mean if mean > 0 else 1.0)  # what is never anything but zero has no moments
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)

@@ -65,19 +65,27 @@ class FullSequenceHeadsProgram(nn.Module):
 class DecoderHeadsProgram(DecoderProgram):
     """The decoder, whose row's last token has the heads behind it.
 
-    Inputs: those of `DecoderProgram`, then ends_call (1,) bool, then the heads' state. Outputs: logits (B, n, V), the
-    caches, the heads' state after the call, scores. The vector of the heads is read at offset 0 alone; a blocked row
-    has zero logits at every wanted position. Where `ends_call` is false the tokens are a piece of a call that goes on:
-    their logits are the plain decoder's, and what comes out as memory and scores is for nothing.
+    Inputs: those of `DecoderProgram`, then ends_call (1,) bool, with `on_demand` wants_scores (1,) bool, then the
+    heads' state. Outputs: logits (B, n, V), the caches, the heads' state after the call, scores. The vector of the
+    heads is read at offset 0 alone; a blocked row has zero logits at every wanted position. Where `ends_call` is false
+    the tokens are a piece of a call that goes on: their logits are the plain decoder's, and what comes out as memory
+    and scores is for nothing.
     A row's query is its first token's hidden state, taken in the run that has it and passed on in the others.
+    All scores are computed here; what `wants_scores` is for is made of the traced graph (`passes.ScoresOnDemand`).
     """
 
     model: CosmosAdvancedModel
 
+    def __init__(
+        self, model: CosmosAdvancedModel, *, attention: Attention = "standard", on_demand: bool = False
+    ) -> None:
+        super().__init__(model, attention=attention)
+        self._state_from = 2 * model.config.n_layers + (2 if on_demand else 1)
+
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         input_ids, attention_mask, logit_offsets, *rest = inputs
         layers = 2 * self.model.config.n_layers
-        cache, ends_call, state = rest[:layers], rest[layers], tuple(rest[layers + 1 :])
+        cache, ends_call, state = rest[:layers], rest[layers], tuple(rest[self._state_from :])
         attend = self._attention(input_ids, attention_mask, cache)
         hidden = self.model.hidden_states(input_ids, attend)  # (B, T, D)
         given = HeadState(self.model, state, keeps_query=True)
@@ -110,7 +118,10 @@ def _placed(enhanced: Enhanced, wanted: Tensor, offsets: Tensor, ends_call: Tens
 def program_of(model: CosmosBackbone, graph: str, spec: GraphSpec, attention: Attention = "standard") -> nn.Module:
     """The program of one of a recipe's graphs around a model, with or without heads; `spec` says what it is told."""
     if isinstance(model, CosmosAdvancedModel):
-        return DecoderHeadsProgram(model, attention=attention) if graph == DECODER else FullSequenceHeadsProgram(model)
+        if graph != DECODER:
+            return FullSequenceHeadsProgram(model)
+        on_demand = any(tensor.role == Role.WANTS_SCORES for tensor in spec.inputs)
+        return DecoderHeadsProgram(model, attention=attention, on_demand=on_demand)
     if graph != DECODER:
         return FullSequenceProgram(model)
     by_lengths = any(tensor.role == Role.LAST_INDEX for tensor in spec.inputs)

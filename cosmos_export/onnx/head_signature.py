@@ -18,6 +18,7 @@ from cosmos_runtime import Role, TensorSpec
 MEMORY_SLOTS = "memory_slots"
 
 ENDS_CALL = "ends_call"
+WANTS_SCORES = "wants_scores"
 PAST_MEMORY, PRESENT_MEMORY = "past_memory.{part}", "present_memory.{part}"
 PAST_CALLS = PAST_MEMORY.format(part="calls")
 PAST_QUERY, PRESENT_QUERY = "past_query", "present_query"
@@ -37,14 +38,22 @@ def memory_slots(config: CosmosAdvancedConfig) -> int | str:
 
 
 def head_tensors(
-    config: CosmosAdvancedConfig, capabilities: Sequence[str], *, batch: str, activations: str, with_query: bool
+    config: CosmosAdvancedConfig,
+    capabilities: Sequence[str],
+    *,
+    batch: str,
+    activations: str,
+    with_query: bool,
+    on_demand: bool = False,
 ) -> Tensors:
     """Inputs and outputs of the heads: state in the type `activations`, then scores.
 
     `with_query` is for graphs that do not see a row's first token in every run: they keep the evaluation's query, and
-    are told whether their tokens end a call.
+    are told whether their tokens end a call. Where scores are computed `on_demand`, a run says whether it wants them.
     """
     inputs, outputs = _memory(config, batch, activations) if "memory" in capabilities else ([], [])
+    if on_demand:
+        inputs = [TensorSpec(WANTS_SCORES, Role.WANTS_SCORES, "bool", (1,)), *inputs]
     if with_query:
         inputs = [TensorSpec(ENDS_CALL, Role.ENDS_CALL, "bool", (1,)), *inputs]
     if with_query and "evaluation" in capabilities:

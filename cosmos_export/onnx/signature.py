@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import ExportError
-from cosmos_export.onnx.head_signature import ENDS_CALL, head_tensors
+from cosmos_export.onnx.head_signature import ENDS_CALL, WANTS_SCORES, head_tensors
 from cosmos_runtime import DECODER, FULL_SEQUENCE, GraphSpec, Role, TensorSpec
 
 # Axes.
@@ -28,8 +28,8 @@ LAST_INDEX, TOTAL_LENGTH, LOGIT_ROWS = "last_index", "total_length", "logit_rows
 PAST, PRESENT = "past_key_values.{layer}.{part}", "present.{layer}.{part}"
 
 # Inputs that may be left out, and what they are then. The decoder's logits are those of the last position, and with
-# capability heads a run is a call.
-DEFAULT_INPUTS: dict[str, list[int] | list[bool]] = {LOGIT_OFFSETS: [0], ENDS_CALL: [True]}
+# capability heads a run is a call, of which all is told.
+DEFAULT_INPUTS: dict[str, list[int] | list[bool]] = {LOGIT_OFFSETS: [0], ENDS_CALL: [True], WANTS_SCORES: [True]}
 
 # Initializers carry the name of the checkpoint tensor that they hold. One that is stored transposed, (in, out) instead
 # of torch's (out, in), says so in its name.
@@ -64,11 +64,13 @@ def graph_spec(
     activations: str = "float32",
     by_lengths: bool = False,
     capabilities: Sequence[str] | None = None,
+    on_demand: bool = False,
 ) -> GraphSpec:
     """Signature of one of a recipe's graphs, whose cache has the type `activations`.
 
     `by_lengths` is the decoder of a device loop: told lengths instead of a mask, logits (n, V) of chosen rows.
-    `capabilities` are those of a model with heads, perhaps none; None is the plain decoder.
+    `capabilities` are those of a model with heads, perhaps none; None is the plain decoder. With `on_demand`, a decoder
+    with heads computes scores that nothing but a report reads where a run wants them.
     Raises ExportError for a graph that this version does not know.
     """
     if graph not in (FULL_SEQUENCE, DECODER):
@@ -79,8 +81,14 @@ def graph_spec(
         past, present = _cache(config, activations)
         inputs, outputs = [*inputs, *past], [*outputs, *present]
     if capabilities is not None:
+        decoder = graph == DECODER
         given, kept = head_tensors(
-            config, capabilities, batch=BATCH, activations=activations, with_query=graph == DECODER
+            config,
+            capabilities,
+            batch=BATCH,
+            activations=activations,
+            with_query=decoder,
+            on_demand=on_demand and decoder and bool(capabilities),
         )
         inputs, outputs = [*inputs, *given], [*outputs, *kept]
     return GraphSpec(file=graph_file(graph), opset=opset, inputs=tuple(inputs), outputs=tuple(outputs))

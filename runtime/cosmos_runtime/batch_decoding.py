@@ -36,13 +36,16 @@ class BatchDecoder(Protocol):
         ...
 
 
-def new_batch_decoder(session: Session, batch: int, capacity: int, calls: int | None = None) -> BatchDecoder:
+def new_batch_decoder(
+    session: Session, batch: int, capacity: int, calls: int | None = None, *, diagnostics: bool = True
+) -> BatchDecoder:
     """The fastest decoder that a session's bundle allows, for rows of up to `capacity` tokens.
 
-    With capability heads there is room for `calls` calls of a row, or for one a token.
+    With capability heads there is room for `calls` calls of a row, or for one a token; `diagnostics` as in
+    `new_decoder`.
     """
     if isinstance(session.graph, DecoderGraph):
-        return CachedBatchDecoder(session.graph, batch, capacity, calls or capacity)
+        return CachedBatchDecoder(session.graph, batch, capacity, calls or capacity, diagnostics=diagnostics)
     return RowByRowDecoder(session, batch, calls or capacity)
 
 
@@ -71,10 +74,12 @@ class RowByRowDecoder:
 class CachedBatchDecoder:
     """One cache for all rows. Prompts go in one by one, each into its own row; then one run a step serves every row."""
 
-    def __init__(self, graph: DecoderGraph, batch: int, capacity: int, calls: int | None = None) -> None:
-        self._graph = graph
+    def __init__(
+        self, graph: DecoderGraph, batch: int, capacity: int, calls: int | None = None, *, diagnostics: bool = True
+    ) -> None:
+        self._graph, self._wants_diagnostics = graph, diagnostics
         self._cache, self._bank = graph.new_cache(batch, capacity), graph.new_memory(batch, calls)
-        self._stepper = Stepper(graph, self._cache, self._bank)
+        self._stepper = Stepper(graph, self._cache, self._bank, diagnostics=diagnostics)
         self._diagnoses: dict[int, Diagnosis | None] = {}
         self._appender: Appender | None = None
         self._lengths = np.ones(batch, np.int64)
@@ -83,7 +88,9 @@ class CachedBatchDecoder:
     def prefill(self, row: int, ids: TokenIds) -> Floats:
         """Start a row with its prompt (T,); logits (V,) of the position after it."""
         logits = self._graph.new_logits(1, 1)
-        appender = self._appender = Appender(self._graph, self._cache, row, bank=self._bank)
+        appender = self._appender = Appender(
+            self._graph, self._cache, row, bank=self._bank, diagnostics=self._wants_diagnostics
+        )
         if self._cancelled:  # before there was this one to cancel
             appender.binding.cancel()
         for part in chunks(len(ids)):

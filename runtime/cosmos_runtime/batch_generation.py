@@ -124,7 +124,8 @@ class BatchGeneration(Steps[list[tuple[int, int]]]):
     def _start(self, running: list[int]) -> list[tuple[int, Floats]]:
         capacity = max(self.rows[row].capacity for row in running)
         calls = max(self.rows[row].most_calls for row in running)
-        decoder = self._decoder = new_batch_decoder(self._session, len(self.rows), capacity, calls)
+        wanted = any(row.wants_diagnostics for row in self.rows)
+        decoder = self._decoder = new_batch_decoder(self._session, len(self.rows), capacity, calls, diagnostics=wanted)
         if not self._running():  # `stop` came in before there was anything to cancel
             decoder.cancel()
         logits = []

@@ -103,7 +103,7 @@ def _run(session: Session, prompt: TokenIds, new_tokens: int) -> Run:
     continuation = new_continuation(
         session, prompt, max_new_tokens=new_tokens, min_new_tokens=0, sampling=None, stop_ids=()
     )
-    decoder = new_decoder(session, continuation.capacity, continuation.most_calls)
+    decoder = new_decoder(session, continuation.capacity, continuation.most_calls, diagnostics=False)
     heedless = _Heedless(continuation.prompt_ids, continuation.limits, continuation.sampling)
     generation = Generation(heedless, lambda: decoder)
     prefill_s = _timed_step(generation)

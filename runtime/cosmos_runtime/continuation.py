@@ -55,7 +55,7 @@ class Continuation:
 
     def __init__(self, prompt: TokenIds, limits: Limits, sampling: Sampling, *, diagnostics: bool = False) -> None:
         self.diagnostics: list[dict[str, Any]] = []
-        self._wants_diagnostics = diagnostics
+        self.wants_diagnostics = diagnostics
         self.prompt: list[int] = prompt.tolist()
         self.tokens: list[int] = []
         self.sampling = sampling.seeded()
@@ -95,7 +95,7 @@ class Continuation:
         blocked one ends the answer."""
         if diagnosis is None:
             return
-        if self._wants_diagnostics:
+        if self.wants_diagnostics:
             self.diagnostics.append(diagnosis.report())
         if diagnosis.blocked:
             self.finish_reason = self.finish_reason or "blocked"

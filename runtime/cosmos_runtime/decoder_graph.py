@@ -69,9 +69,13 @@ class DecoderGraph:
             return None
         return MemoryBank(self.spec, self._manifest, batch, calls, self.stream)
 
-    def bind_heads(self, binding: Binding, bank: MemoryBank | None, rows: slice) -> HeadBinding | None:
-        """The heads' tensors of some rows; None for a plain decoder."""
-        return None if bank is None else HeadBinding(self.spec, self._manifest, binding, bank, rows)
+    def bind_heads(
+        self, binding: Binding, bank: MemoryBank | None, rows: slice, *, diagnostics: bool = True
+    ) -> HeadBinding | None:
+        """The heads' tensors of some rows, all or without what only a report reads; None for a plain decoder."""
+        if bank is None:
+            return None
+        return HeadBinding(self.spec, self._manifest, binding, bank, rows, diagnostics=diagnostics)
 
     def new_logits(self, batch: int, positions: int) -> Floats:
         """A buffer (B, n, V) of the graph's own type."""
@@ -176,7 +180,8 @@ class LengthFeed:
 class Appender:
     """Appends tokens to a cache (or to one row of it), any number at a time, with logits of the last n of them.
 
-    With capability heads, `bank` is their memory, of which `bank_rows` (the cache's, unless said otherwise) are used.
+    With capability heads, `bank` is their memory, of which `bank_rows` (the cache's, unless said otherwise) are used,
+    and `diagnostics` says whether all that they find is wanted.
     """
 
     def __init__(
@@ -187,6 +192,7 @@ class Appender:
         *,
         bank: MemoryBank | None = None,
         bank_rows: slice | None = None,
+        diagnostics: bool = True,
     ) -> None:
         self._graph = graph
         self._rows = slice(0, cache.batch) if row is None else slice(row, row + 1)
@@ -194,7 +200,7 @@ class Appender:
             self.binding = graph.new_binding()
             cache.bind(self.binding, row)
             self._feed = graph.new_feed(self._rows.stop - self._rows.start, cache.length)
-            self._heads = graph.bind_heads(self.binding, bank, bank_rows or self._rows)
+            self._heads = graph.bind_heads(self.binding, bank, bank_rows or self._rows, diagnostics=diagnostics)
 
     @property
     def diagnoses(self) -> list[Diagnosis]:
@@ -220,7 +226,9 @@ class Stepper:
     Everything stays bound; from step to step only what says how long rows are changes.
     """
 
-    def __init__(self, graph: DecoderGraph, cache: KeyValueCache, bank: MemoryBank | None = None) -> None:
+    def __init__(
+        self, graph: DecoderGraph, cache: KeyValueCache, bank: MemoryBank | None = None, *, diagnostics: bool = True
+    ) -> None:
         self._graph = graph
         self._tokens = np.zeros((cache.batch, 1), np.int64)
         self._logits = graph.new_logits(cache.batch, 1)
@@ -230,7 +238,7 @@ class Stepper:
             self._feed = graph.new_feed(cache.batch, cache.length)
             self._feed.append(self.binding, 0, 1, 1)  # which positions get logits stays as it is
             graph.bind_logits(self.binding, self._logits)
-            self._heads = graph.bind_heads(self.binding, bank, slice(0, cache.batch))
+            self._heads = graph.bind_heads(self.binding, bank, slice(0, cache.batch), diagnostics=diagnostics)
 
     def diagnosis(self, row: int = 0) -> Diagnosis | None:
         """What the heads found of a row in the last step, valid until the next one; None for a plain decoder."""

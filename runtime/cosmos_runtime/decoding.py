@@ -65,14 +65,17 @@ class RewindingDecoder(Decoder, Protocol):
         ...
 
 
-def new_decoder(session: Session, capacity: int, calls: int | None = None) -> RewindingDecoder:
+def new_decoder(
+    session: Session, capacity: int, calls: int | None = None, *, diagnostics: bool = True
+) -> RewindingDecoder:
     """The fastest decoder that a session's bundle allows, for up to `capacity` tokens.
 
     With capability heads, each `prefill`, `decode_one_token` and `decode` is a call of the model; room is made for
-    `calls` of them, or for one a token.
+    `calls` of them, or for one a token. Without `diagnostics` a call is faster, and of what the heads found its
+    `Diagnosis` knows only whether the output is blocked.
     """
     if isinstance(session.graph, DecoderGraph):
-        return CachedDecoder(session.graph, capacity, calls or capacity)
+        return CachedDecoder(session.graph, capacity, calls or capacity, diagnostics=diagnostics)
     return FullSequenceDecoder(session, calls or capacity)
 
 
@@ -131,12 +134,14 @@ class FullSequenceDecoder:
 class CachedDecoder:
     """Computes new tokens only; the keys and values of the ones before lie in a cache for `capacity` tokens."""
 
-    def __init__(self, graph: DecoderGraph, capacity: int, calls: int | None = None) -> None:
+    def __init__(
+        self, graph: DecoderGraph, capacity: int, calls: int | None = None, *, diagnostics: bool = True
+    ) -> None:
         self._graph = graph
         cache, self._bank = graph.new_cache(1, capacity), graph.new_memory(1, calls)
         self.length, self.capacity = 0, cache.length
-        self._appender = Appender(graph, cache, bank=self._bank)
-        self._stepper = Stepper(graph, cache, self._bank)
+        self._appender = Appender(graph, cache, bank=self._bank, diagnostics=diagnostics)
+        self._stepper = Stepper(graph, cache, self._bank, diagnostics=diagnostics)
         self.diagnosis: Diagnosis | None = None
 
     @property

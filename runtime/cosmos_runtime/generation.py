@@ -74,7 +74,9 @@ def generate(
         return DeviceGeneration(continuation, loops)
 
     def start() -> Decoder:
-        decoder = new_decoder(session, continuation.capacity, continuation.most_calls)
+        decoder = new_decoder(
+            session, continuation.capacity, continuation.most_calls, diagnostics=continuation.wants_diagnostics
+        )
         return SpeculatingDecoder(decoder, most, continuation.capacity) if most else decoder
 
     return Generation(continuation, start)

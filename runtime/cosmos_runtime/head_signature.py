@@ -5,7 +5,7 @@ from cosmos_runtime.heads import STATE_PARTS
 from cosmos_runtime.manifest import GraphSpec, Manifest, Role, TensorSpec
 from cosmos_runtime.scores import score_specs
 
-HEAD_INPUTS = {Role.ENDS_CALL, Role.MEMORY_CALLS, *(past for past, _ in STATE_PARTS)}
+HEAD_INPUTS = {Role.ENDS_CALL, Role.WANTS_SCORES, Role.MEMORY_CALLS, *(past for past, _ in STATE_PARTS)}
 
 
 def check_heads(graph: GraphSpec, manifest: Manifest) -> None:

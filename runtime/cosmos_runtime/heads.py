@@ -34,14 +34,15 @@ Scores = Mapping[str, npt.NDArray[Any]]
 
 
 class Diagnosis:
-    """What the heads found of one row in one call."""
+    """What the heads found of one row in one call: all of it or, where that was not wanted, whether it is blocked."""
 
-    def __init__(self, scores: Scores, settings: Mapping[str, Any], row: int = 0) -> None:
-        self._scores, self._settings, self._row = scores, settings, row
+    def __init__(self, scores: Scores, settings: Mapping[str, Any], row: int = 0, *, complete: bool = True) -> None:
+        self._scores, self._settings, self._row, self._complete = scores, settings, row, complete
 
     @property
     def scores(self) -> dict[str, Any]:
-        """The row's scores, by the names of `score_specs`."""
+        """The row's scores, by the names of `score_specs`. Raises: InputError where they were not computed."""
+        self._check_complete()
         return {name: tensor[self._row] for name, tensor in self._scores.items()}
 
     @property
@@ -50,8 +51,16 @@ class Diagnosis:
         return OUTPUT_BLOCKED in self._scores and bool(self._scores[OUTPUT_BLOCKED][self._row])
 
     def report(self) -> dict[str, Any]:
-        """The nested diagnostics, as the eager model gives them."""
+        """The nested diagnostics, as the eager model gives them. Raises: InputError where they were not computed."""
+        self._check_complete()
         return nested_diagnostics(self._scores, self._settings, self._row)
+
+    def _check_complete(self) -> None:
+        if not self._complete:
+            raise InputError(
+                "diagnostics: this call was made without them, so what only a report reads was not computed; pass "
+                "diagnostics=True to what makes the call (generate, generate_batch, new_decoder, new_batch_decoder)"
+            )
 
 
 class MemoryBank:
@@ -116,12 +125,28 @@ class MemoryBank:
 
 
 class HeadBinding:
-    """The heads' tensors of one binding: the state of some rows in place, scores into arrays of the host."""
+    """The heads' tensors of one binding: the state of some rows in place, scores into arrays of the host.
 
-    def __init__(self, graph: GraphSpec, manifest: "Manifest", binding: Binding, bank: MemoryBank, rows: slice) -> None:
+    Without `diagnostics`, a graph that can is told that nobody wants the scores that only a report reads. They are not
+    bound then, as nothing comes of them.
+    """
+
+    def __init__(
+        self,
+        graph: GraphSpec,
+        manifest: "Manifest",
+        binding: Binding,
+        bank: MemoryBank,
+        rows: slice,
+        *,
+        diagnostics: bool = True,
+    ) -> None:
         self._graph, self._manifest, self._binding = graph, manifest, binding
         self._bank, self._rows, self._batch = bank, rows, rows.stop - rows.start
         self._names = {tensor.role: tensor.name for tensor in graph.inputs}
+        self._complete = diagnostics or Role.WANTS_SCORES not in self._names
+        if Role.WANTS_SCORES in self._names:
+            binding.bind_input(self._names[Role.WANTS_SCORES], np.array([self._complete]))
         self._scores = self._bind_scores()
         self._ends_call: bool | None = None
         for pair in state_pairs(graph):
@@ -130,7 +155,7 @@ class HeadBinding:
     def diagnosis(self, row: int = 0) -> Diagnosis:
         """What the last call that ended found of a row, counted from the first of `rows`; valid until the next one."""
         settings: Mapping[str, Any] = (self._manifest.capabilities or {}).get("settings", {})
-        return Diagnosis(self._scores, settings, row)
+        return Diagnosis(self._scores, settings, row, complete=self._complete)
 
     def prepare(self, stream: Stream, *, ends_call: bool = True) -> None:
         """To be called before a run. One that does not end a call gets a small memory for itself: what it writes there
@@ -160,7 +185,8 @@ class HeadBinding:
             bank.bind(self._binding, pair, rows)
 
     def _bind_scores(self) -> dict[str, npt.NDArray[Any]]:
-        specs = [tensor for tensor in self._graph.outputs if tensor.role == Role.SCORE]
+        given = [tensor for tensor in self._graph.outputs if tensor.role == Role.SCORE]
+        specs = given if self._complete else [tensor for tensor in given if tensor.name == OUTPUT_BLOCKED]
         scores = {t.name: np.zeros((self._batch, *map(int, t.shape[1:])), t.dtype) for t in specs}
         for name, array in scores.items():
             self._binding.bind_output(name, array)

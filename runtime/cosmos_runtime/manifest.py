@@ -67,6 +67,9 @@ class Role(StrEnum):
     # Of a graph with capability heads. Whether the new tokens end a call of the model, or are a piece of one that goes
     # on; may be left out, then they do.
     ENDS_CALL = "ends_call"
+    # Whether a run wants the scores that nothing but a report reads; may be left out, then it does. Where it does not,
+    # they have no rows.
+    WANTS_SCORES = "wants_scores"
     # The working memory (B, M, D) and the calls that a row has behind it (B,); the vector (B, D) of its first token.
     # Past and present of a state may be one buffer.
     PAST_MEMORY_KEYS = "past_memory_keys"

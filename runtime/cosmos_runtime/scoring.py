@@ -79,7 +79,7 @@ def log_softmax_at(logits: Floats, targets: TokenIds) -> npt.NDArray[np.float64]
 
 def _log_probabilities(session: Session, ids: TokenIds) -> npt.NDArray[np.float64]:
     inputs, targets = ids[:-1], ids[1:]
-    decoder = new_decoder(session, len(inputs))
+    decoder = new_decoder(session, len(inputs), diagnostics=False)
     size = _CHUNK if isinstance(session.graph, DecoderGraph) else len(inputs)
     found = [
         log_softmax_at(decoder.decode(inputs[start : start + size]), targets[start : start + size])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,15 @@ from click.testing import CliRunner
 from cosmos_export.calibration.plan import CalibrationPlan
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.cli import main
+from cosmos_export.model.tensors_read import tensors_read
+from cosmos_export.onnx.head_matrices import is_wide
+from cosmos_export.parity.gates import Verdict
 from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.recipe import ExportRecipe
-from cosmos_runtime import MANIFEST_NAME, Manifest, describe_file
+from cosmos_runtime import CAPABILITIES, MANIFEST_NAME, Manifest, describe_file
+
+from .head_bundles import heads_checkpoint, heads_config
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +90,34 @@ def _triple(folder: Path, scales: str) -> None:
     manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     files = {**manifest.files, path.name: describe_file(path)}
     (folder / MANIFEST_NAME).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def with_heads() -> Checkpoint:
+    return replace(heads_checkpoint(heads_config()), origin={"kind": "checkpoint", "location": "lively"})
+
+
+@pytest.fixture(scope="module")
+def calibrated_heads(with_heads: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> ExportedBundle:
+    recipe = replace(ExportRecipe.load("cpu-int4"), embedding=None, calibration=CalibrationPlan(tokens=512, epochs=0))
+    out = tmp_path_factory.mktemp("calibrated") / "heads"
+    return export_bundle(with_heads, out, recipe, capabilities=CAPABILITIES, effort=Effort.OFF)
+
+
+def test_heads_are_calibrated_and_proven_later(calibrated_heads: ExportedBundle, with_heads: Checkpoint) -> None:
+    report = verify_bundle(calibrated_heads.path, with_heads, effort=Effort.QUICK)
+    assert all(stored.passed for stored in report.stored), report.stored_problems
+    assert all(case.verdict is not Verdict.FAIL for case in report.cases)
+    read = tensors_read(with_heads.config, CAPABILITIES)
+    assert sum(stored.calibrated for stored in report.stored) == 14 + sum(map(is_wide, read))
+
+
+def test_a_row_of_a_head_with_a_wrong_scale_fails_later(
+    calibrated_heads: ExportedBundle, with_heads: Checkpoint, tmp_path: Path
+) -> None:
+    folder = tmp_path / "faulty"
+    shutil.copytree(calibrated_heads.path, folder)
+    _triple(folder, "memory_system.procedural_memory.skills_out.weight.scales")
+    report = verify_bundle(folder, with_heads, effort=Effort.QUICK)
+    assert not report.passed
+    assert any("skills_out.weight" in problem for problem in report.stored_problems)

@@ -310,3 +310,37 @@ def test_without_a_causal_mask_whole_sequences_are_proven(checkpoint: Checkpoint
     bundle = export_heads(checkpoint, tmp_path / "bundle", "fp32", causal=False, effort=Effort.FULL)
     assert bundle.report is not None
     assert bundle.report.passed
+
+
+def test_without_diagnostics_the_answer_is_the_same(blocking_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """What only a report reads is left out; what an answer depends on, a blocked row above all, is not."""
+    bundle = export_heads(blocking_checkpoint, tmp_path / "bundle", effort=Effort.OFF)
+    session, blocked = load(bundle.path, threads=1), []
+    for first in range(12):
+        told, untold = (new_decoder(session, 12, diagnostics=wanted) for wanted in (True, False))
+        np.testing.assert_array_equal(told.prefill(np.array([first, 2, 3])), untold.prefill(np.array([first, 2, 3])))
+        np.testing.assert_array_equal(told.decode_one_token(4), untold.decode_one_token(4))
+        assert told.diagnosis is not None
+        assert untold.diagnosis is not None
+        assert (
+            told.diagnosis.blocked == untold.diagnosis.blocked == told.diagnosis.report().get("output_blocked", False)
+        )
+        blocked.append(untold.diagnosis.blocked)
+        with pytest.raises(InputError, match="diagnostics=True"):
+            untold.diagnosis.report()
+        with pytest.raises(InputError, match="diagnostics=True"):
+            _ = untold.diagnosis.scores
+    assert 0 < sum(blocked) < len(blocked)
+
+
+def test_generations_say_whether_they_want_diagnostics(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    bundle = export_heads(checkpoint, tmp_path / "bundle", effort=Effort.OFF)
+    session = load(bundle.path, threads=1)
+    plain = generate_batch(session, PROMPTS, max_new_tokens=4)
+    told = generate_batch(session, PROMPTS, max_new_tokens=4, diagnostics=True)
+    assert plain.run() == told.run()
+    assert [row.finish_reason for row in plain.rows] == [row.finish_reason for row in told.rows]
+    assert all(row.diagnostics for row in told.rows)
+    assert not any(row.diagnostics for row in plain.rows)
+    one = generate(session, PROMPTS[2], max_new_tokens=4)
+    assert list(one) == plain.rows[2].tokens

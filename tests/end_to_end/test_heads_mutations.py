@@ -53,14 +53,19 @@ def _node(graph: GraphProto, module: str, operator: str) -> NodeProto:
     return next(node for node in _all_nodes(graph) if node.name.startswith(module) and node.op_type == operator)
 
 
+def _rename_output(graph: GraphProto, old: str, new: str) -> None:
+    outputs = _producer(graph, old).output
+    outputs[list(outputs).index(old)] = new
+
+
 def _scores_swapped(graph: GraphProto) -> None:
-    first, second = _producer(graph, "safety.confidence"), _producer(graph, "safety.factuality")
-    first.output[0], second.output[0] = second.output[0], first.output[0]
+    _rename_output(graph, "safety.confidence", "other")
+    _rename_output(graph, "safety.factuality", "safety.confidence")
+    _rename_output(graph, "other", "safety.factuality")
 
 
 def _a_score_of_another_round(graph: GraphProto) -> None:
-    scores = _producer(graph, "evaluation.factuality")
-    scores.output[0] = "in order"
+    _rename_output(graph, "evaluation.factuality", "in order")
     graph.initializer.append(numpy_helper.from_array(np.array([1, 0]), "last first"))
     graph.node.append(helper.make_node("Gather", ["in order", "last first"], ["evaluation.factuality"], axis=1))
 
@@ -69,8 +74,7 @@ def _from_the_past(output: str, past: str) -> GraphFault:
     """What comes out is what came in."""
 
     def fault(graph: GraphProto) -> None:
-        node = _producer(graph, output)
-        node.output[list(node.output).index(output)] = f"{output}.unused"
+        _rename_output(graph, output, f"{output}.unused")
         graph.node.append(helper.make_node("Identity", [past], [output], name=f"{output}/stale"))
 
     return fault

@@ -275,3 +275,16 @@ def test_blocks_of_the_embedding_must_divide_its_width(make_config: Callable[...
     with pytest.raises(RecipeError, match=r"cpu-int4.*32.*dim 48"):
         recipe.check_fits(make_config(dim=48), causal=True)
     recipe.check_fits(make_config(dim=96), causal=True)
+
+
+def test_the_fusion_of_heads_can_be_stored_in_a_way_of_its_own() -> None:
+    recipe = ExportRecipe.load("cpu-int4")
+    fusion, skills = (
+        recipe.form_of(name)
+        for name in ("capability_fusion.0.weight", "memory_system.procedural_memory.skills_in.weight")
+    )
+    assert fusion is not None
+    assert skills is not None
+    assert (fusion.block_size, skills.block_size) == (32, 256)
+    without = replace(recipe, overrides={"heads": skills})
+    assert without.form_of("capability_fusion.4.weight") == skills

@@ -2,9 +2,11 @@
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
-from cosmos_export.onnx.passes import SkipUnchosen, run_passes
+from cosmos_export.onnx.head_signature import WANTS_SCORES
+from cosmos_export.onnx.passes import ScoresOnDemand, SkipUnchosen, run_passes
 from cosmos_export.onnx.signature import graph_spec
 from cosmos_export.onnx.trace import trace, traceable
 from cosmos_export.recipe import ExportRecipe
@@ -101,6 +103,67 @@ def test_what_is_no_such_selection_stays(body: str) -> None:
     model = valueless(body)
     run(with_values(valueless(body)), x=rows(1, -1))
     assert_left_alone(SkipUnchosen(), model)
+
+
+# Scores that only a report reads
+
+TOLD = SCORE + "h = MatMul(x, w) \n f = Relu(h) \n y = Where(c, f, x) \n t = MatMul(x, v)"
+
+
+def with_scores(body: str, scores: dict[str, str]) -> ir.Model:
+    """The graph with scores (values of `body`, by their names as outputs), and whether a run wants them."""
+    model = valueless(body)
+    values = {output.name: output for node in model.graph for output in node.outputs}
+    for name, source in scores.items():
+        values[source].name, values[source].type = name, ir.TensorType(ir.DataType.FLOAT)
+        values[source].shape = ir.Shape(["B", 1 if source == "s" else 4])
+        model.graph.outputs.append(values[source])
+    model.graph.inputs.append(ir.Value(name=WANTS_SCORES, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([1])))
+    return model
+
+
+def outputs(model: ir.Model, **feeds: np.ndarray) -> list[np.ndarray]:
+    session = ort.InferenceSession(ir.to_proto(with_values(model)).SerializeToString())
+    return session.run(None, feeds)
+
+
+@pytest.mark.parametrize("signs", [(-1,), (1, -1, 1)])
+def test_scores_are_there_where_they_are_wanted_and_have_no_rows_elsewhere(signs: tuple[int, ...]) -> None:
+    model = with_scores(TOLD, {"safety.told": "t", "safety.decides": "s"})
+    assert ScoresOnDemand()(model).modified is True
+    assert_left_alone(ScoresOnDemand(), model)
+    (branch,) = branches(model)
+    assert within(branch) == ["MatMul"], "the other score decides something, and is computed in any case"
+    SkipUnchosen()(model)
+    x = rows(*signs)
+    y, told, decides = outputs(model, x=x, wants_scores=np.array([True]))
+    np.testing.assert_allclose(told, x @ WEIGHTS["v"], rtol=1e-5)
+    without = outputs(model, x=x, wants_scores=np.array([False]))
+    np.testing.assert_array_equal(without[0], y)
+    assert without[1].shape == (0, 4)
+    np.testing.assert_array_equal(without[2], decides)
+
+
+def test_a_selection_stays_with_what_it_may_choose() -> None:
+    """The score is the choice between x and f, and f is read by another choice, too."""
+    body = SCORE + "h = MatMul(x, w) \n f = Relu(h) \n y = Where(c, f, x) \n t = Where(c, f, z) \n u = Relu(t)"
+    model = with_scores(body, {"safety.told": "u"})
+    ScoresOnDemand()(model)
+    SkipUnchosen()(model)
+    chosen, told = branches(model)
+    assert within(chosen) == ["MatMul", "Relu", "Where", "Where"]
+    assert within(told) == ["Relu"]
+
+
+@pytest.mark.parametrize("name", ["output_blocked", "logits"])
+def test_what_is_no_score_is_computed_in_any_case(name: str) -> None:
+    assert_left_alone(ScoresOnDemand(), with_scores(TOLD, {name: "t"}))
+
+
+def test_without_the_input_scores_are_always_computed() -> None:
+    model = with_scores(TOLD, {"safety.told": "t"})
+    model.graph.inputs.pop()
+    assert_left_alone(ScoresOnDemand(), model)
 
 
 # In the graph of a model

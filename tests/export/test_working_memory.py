@@ -130,3 +130,15 @@ def test_a_working_memory_of_size_zero_remembers_nothing() -> None:
 @pytest.mark.parametrize(("size", "read"), [(0, 0), (1, 1), (4, 4), (5, 5), (2048, 5)])
 def test_five_entries_are_read_or_all(size: int, read: int) -> None:
     assert entries_read(size) == read
+
+
+def test_calls_along_rows_are_the_calls_one_after_another() -> None:
+    torch.manual_seed(0)
+    memory, rows, calls = WorkingMemory(8, 100).double(), 3, 9
+    x = torch.randn(rows, calls, 8, dtype=torch.float64)
+    state = MemoryBank.empty(rows, calls, 8, dtype=x.dtype, device=x.device).state
+    expected = []
+    for call in range(calls):
+        found, state = memory(x[:, call], state)
+        expected.append(found)
+    torch.testing.assert_close(memory.along_rows(x), torch.stack(expected, dim=1), rtol=1e-12, atol=1e-12)

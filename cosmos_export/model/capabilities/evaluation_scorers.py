@@ -2,7 +2,8 @@
 
     B  batch    D  dim
 
-Each takes the vector (B, D), or (B, 2D) with the query beside it, and gives scores by name, (B, 1) or a column a label.
+Each takes the vector (B, D), or (B, 2D) with the query beside it, and gives scores by name, (B, 1), or the scores that
+decide, a column a label.
 """
 
 from __future__ import annotations
@@ -28,15 +29,14 @@ class ConfidenceEstimator(nn.Module):
 
 
 class QualityScorer(nn.Module):
-    """Dimensions of quality, of the vector alone, and their mean."""
+    """Dimensions of quality, of the vector alone."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.quality_dimensions = perceptron(dim, dim, len(LABELS["evaluation.quality"]))
 
-    def forward(self, x: Tensor) -> Scores:
-        quality = probabilities(self.quality_dimensions(x))
-        return {"quality": quality, "overall_quality": quality.mean(-1, keepdim=True)}
+    def forward(self, x: Tensor) -> Tensor:
+        return probabilities(self.quality_dimensions(x))
 
 
 class FactualityChecker(nn.Module):
@@ -85,6 +85,6 @@ class SelfCorrection(nn.Module):
         erroneous = errors.amax(-1, keepdim=True) > THRESHOLDS["evaluation.erroneous"]
         return self.corrector(with_query), erroneous
 
-    def errors(self, x: Tensor) -> Scores:
-        """What `forward` goes by."""
-        return {"errors": probabilities(self.error_detector(x))}
+    def errors(self, x: Tensor) -> Tensor:
+        """What `forward` goes by, (B, 5)."""
+        return probabilities(self.error_detector(x))

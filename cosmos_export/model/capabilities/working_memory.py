@@ -92,6 +92,21 @@ class WorkingMemory(nn.Module):
         remembered = (weights @ found).squeeze(1)
         return torch.where(state.calls[:, None] > 0, remembered, 0.0)
 
+    def along_rows(self, x: Tensor) -> Tensor:
+        """What each call remembers (B, T, D), where x (B, T, D) are a row's calls one after another, from an empty
+        bank that loses none of them."""
+        if not self.entries_read:
+            return torch.zeros_like(x)
+        calls = torch.arange(x.shape[1], device=x.device)
+        before = calls < calls[:, None]  # (T, T)
+        similarity = in_score_precision(_unit(self.query_proj(x)) @ _unit(self.key_proj(x)).transpose(1, 2))
+        read = min(self.entries_read, x.shape[1])
+        best = torch.where(before, similarity, _EMPTY).topk(read, dim=-1)  # (B, T, k)
+        weights = distribution(best.values).to(x.dtype)
+        values = self.value_proj(x)
+        chosen = torch.zeros_like(similarity, dtype=x.dtype).scatter(-1, best.indices, weights)  # (B, T, T)
+        return torch.where(calls[:, None] > 0, chosen @ values, 0.0)
+
     def _store(self, x: Tensor, state: MemoryState) -> MemoryState:
         # A tensor: ONNX has no modulo by a dynamic axis.
         capacity = torch.full((), state.keys.shape[1], dtype=torch.int64, device=x.device)

@@ -15,6 +15,7 @@ from cosmos_export.onnx.passes.pack_projections import PackProjections
 from cosmos_export.onnx.passes.quantize_embedding import QuantizeEmbedding
 from cosmos_export.onnx.passes.quantize_heads import QuantizeHeads
 from cosmos_export.onnx.passes.quantize_projections import QuantizeProjections
+from cosmos_export.onnx.passes.scores_on_demand import ScoresOnDemand
 from cosmos_export.onnx.passes.share_tied_projection import ShareTiedProjection
 from cosmos_export.onnx.passes.skip_unchosen import SkipUnchosen
 from cosmos_export.onnx.passes.store_transposed import StoreTransposed
@@ -30,6 +31,7 @@ __all__ = [
     "QuantizeEmbedding",
     "QuantizeHeads",
     "QuantizeProjections",
+    "ScoresOnDemand",
     "ShareTiedProjection",
     "SkipUnchosen",
     "StoreTransposed",
@@ -47,8 +49,6 @@ def _passes(recipe: ExportRecipe) -> list[ir.passes.InPlacePass]:
     # The passes that deal with the tied table come first: the transposes they leave are of matrices nothing else reads.
     common = [NameByModule(), QuantizeEmbedding(recipe), ShareTiedProjection(), StoreTransposed(), WriteMemoryLast()]
     fused = [PackProjections(), FuseSkipNorm()] if recipe.dialect == "ort" else []
-    # A branch is a question of the host's, for which a GPU would have to stop; ONNX Runtime's own operators in float32
-    # are for CPUs.
-    branches = [SkipUnchosen()] if recipe.dialect == "ort" and recipe.activations == "float32" else []
+    branches = [ScoresOnDemand(), SkipUnchosen()] if recipe.branches else []
     by_rows = [MultiplyByRows()] if DEVICE_LOOP in recipe.graphs else []
     return [*common, *fused, *branches, QuantizeProjections(recipe), QuantizeHeads(recipe), *by_rows]

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
+from cosmos_export.onnx.passes.branches import hand_over, producer_of
+
 
 class SkipUnchosen(ir.passes.InPlacePass):
     """A selection between a value and a costly other one becomes a branch, taken where any row selects the other.
@@ -16,17 +18,35 @@ class SkipUnchosen(ir.passes.InPlacePass):
     Rows are computed as one, so the eager model computes what each of them might need: a vector without bias, without
     personal information, corrected. Seldom does one need it, and its matrices are a good part of what a token reads.
     Selections by one condition become one branch, with all that nothing else reads.
+    What is within a branch, of this pass or another, is looked at in the same way.
     Precondition: the condition follows from a weight. One that follows from a graph's inputs alone (is there anything
     in the memory?) is left as it is: it changes once, not from token to token.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        branches = list(_branches(model.graph))
-        for branch in branches:
-            _branch_off(model.graph, branch)
-        if branches:
-            model.graph.sort()
-        return ir.passes.PassResult(model, bool(branches))
+        return ir.passes.PassResult(model, _skip(model.graph))
+
+
+def _skip(graph: ir.Graph, known: frozenset[ir.Value] = frozenset()) -> bool:
+    """Makes the branches of a graph and, within them, those by other conditions than are `known`; whether there were
+    any."""
+    modified = False
+    # The largest first: what it computes may have branches of its own, which are then found within it.
+    while found := [branch for branch in _branches(graph) if branch.condition not in known]:
+        _branch_off(graph, max(found, key=lambda branch: len(branch.nodes)))
+        graph.sort()
+        modified = True
+    for node in [node for node in graph if node.op_type == "If"]:
+        for attribute in node.attributes.values():
+            modified = _skip(attribute.as_graph(), known | _condition_of(node)) or modified
+    return modified
+
+
+def _condition_of(choice: ir.Node) -> frozenset[ir.Value]:
+    """Whose any row a branch is for."""
+    any_row = producer_of(choice.inputs[0])
+    condition = any_row.inputs[0] if any_row is not None else None
+    return frozenset() if condition is None else frozenset({condition})
 
 
 class _Branch:
@@ -78,11 +98,13 @@ def _grouped(condition: ir.Value, selections: list[ir.Node]) -> list[_Branch]:
 def _computing(selections: Sequence[ir.Node]) -> list[ir.Node]:
     """The nodes whose results go nowhere but into what `selections` choose, last ones first."""
     found: dict[ir.Node, None] = {}
-    waiting = [producer for node in selections if (producer := _producer(node.inputs[1])) is not None]
+    waiting = [producer for node in selections if (producer := producer_of(node.inputs[1])) is not None]
     while waiting:
         node = waiting.pop()
         uses = [use for output in node.outputs for use in output.uses()]
-        if node in found or not all(use.node in found or (use.node in selections and use.idx == 1) for use in uses):
+        if node in found or node.graph is not selections[0].graph:
+            continue
+        if not all(use.node in found or (use.node in selections and use.idx == 1) for use in uses):
             continue  # it comes again with its next reader
         if any(output.is_graph_output() for output in node.outputs):
             continue
@@ -91,12 +113,8 @@ def _computing(selections: Sequence[ir.Node]) -> list[ir.Node]:
     return list(found)
 
 
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()
-
-
 def _producers(node: ir.Node) -> list[ir.Node]:
-    return [producer for value in node.inputs if (producer := _producer(value)) is not None]
+    return [producer for value in node.inputs if (producer := producer_of(value)) is not None]
 
 
 def _ancestors(node: ir.Node) -> set[ir.Node]:
@@ -134,10 +152,11 @@ def _branch_off(graph: ir.Graph, branch: _Branch) -> None:
     name = branch.selections[0].name
     graph.remove(inner)
     any_row = ir.node("ReduceMax", [branch.condition], {"keepdims": 0}, name=f"{name}/Any")
+    any_row.outputs[0].name = f"{name}/any"  # what a graph calls its values by itself, others call theirs
     any_row.outputs[0].type, any_row.outputs[0].shape = ir.TensorType(ir.DataType.BOOL), ir.Shape([])
     choice = ir.node("If", [any_row.outputs[0]], num_outputs=len(chosen), name=f"{name}/If")
     for value, output in zip(chosen, choice.outputs, strict=True):
-        _hand_over(graph, value, output, nodes)
+        hand_over(graph, value, output, nodes)
     choice.attributes["then_branch"] = ir.AttrGraph(
         "then_branch", ir.Graph([], chosen, nodes=inner, name=f"{name}/then")
     )
@@ -159,16 +178,6 @@ def _kept(value: ir.Value, nodes: set[ir.Node]) -> ir.Value:
         value = selection.inputs[2]
         selection = value.producer()
     return value
-
-
-def _hand_over(graph: ir.Graph, value: ir.Value, output: ir.Value, nodes: set[ir.Node]) -> None:
-    """Gives the readers of `value` that stay outside `output` in its place, with its name."""
-    output.name, output.shape, output.type = value.name, value.shape, value.type
-    for use in list(value.uses()):
-        if use.node not in nodes:
-            use.node.replace_input_with(use.idx, output)
-    graph.outputs[:] = [output if each is value else each for each in graph.outputs]
-    value.name = f"{value.name}.chosen"
 
 
 def _identities(chosen: Sequence[ir.Value], kept: Sequence[ir.Value], name: str) -> ir.Graph:
