@@ -27,11 +27,11 @@ from .guide_run import ROOT, GuideRun
 
 ENGLISH, ARABIC = ROOT / "docs" / "USAGE_GUIDE.md", ROOT / "docs" / "ar" / "USAGE_GUIDE.md"
 GUIDES = [pytest.param(guide, id=str(guide.relative_to(ROOT))) for guide in (ENGLISH, ARABIC)]
-TORCH, README = ROOT / "docs" / "TORCH.md", ROOT / "README.md"
+TORCH, DIFF, README = ROOT / "docs" / "TORCH.md", ROOT / "docs" / "DIFF.md", ROOT / "README.md"
 BLOCKS = blocks(ENGLISH)
 RUNNABLE = [
     pytest.param(guide, i, id=f"{guide.stem}-line-{b.line}")
-    for guide in (ENGLISH, TORCH)
+    for guide in (ENGLISH, TORCH, DIFF)
     for i, b in enumerate(blocks(guide))
     if b.language != "bash install"
 ]
@@ -44,7 +44,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def guide_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, GuideRun]:
-    return {guide: GuideRun(tmp_path_factory.mktemp(guide.stem), blocks(guide)) for guide in (ENGLISH, TORCH)}
+    return {guide: GuideRun(tmp_path_factory.mktemp(guide.stem), blocks(guide)) for guide in (ENGLISH, TORCH, DIFF)}
 
 
 @pytest.mark.parametrize(("guide", "index"), RUNNABLE)
