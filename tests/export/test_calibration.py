@@ -94,13 +94,13 @@ def test_levels_are_stored_as_they_are(bits: int, columns: int) -> None:
 
 def test_learning_brings_the_rounded_model_nearer(checkpoint: Checkpoint, recipe: ExportRecipe) -> None:
     model = load_decoder(checkpoint)
-    ids = sampled_text(model, 32, 32)
+    ids = sampled_text(model, 64, 32)
     before = {
         name: Levels.of(quantize(p, INT4), p.shape[1], INT4)
         for name, p in model.named_parameters()
         if recipe.form_of(name)
     }
-    after = learn_levels(model, before, ids, 4, lambda done, total: None)
+    after = learn_levels(model, before, ids, 6, lambda done, total: None)
     unseen = sampled_text(model, 16, 32, seed=9)
     assert divergence(model, after, unseen) < 0.9 * divergence(model, before, unseen)
     for level in after.values():
