@@ -96,7 +96,7 @@ def export_bundle(
             if not report.passed:
                 raise ParityError(f"the exported graph is not equal to the model: {report.summary()}", report)
             manifest = record_parity(folder, manifest, report.digest())
-    return ExportedBundle(out, manifest, report, stopwatch.seconds)
+    return ExportedBundle(out, manifest, report, stopwatch.by_kind())
 
 
 def _build(

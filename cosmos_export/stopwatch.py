@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 TRACING, READING, QUANTISING, WRITING = "tracing", "reading", "quantising", "writing"
 CALIBRATING, VERIFYING, SEALING = "calibrating", "verifying", "sealing"
+KINDS = (CALIBRATING, TRACING, READING, QUANTISING, WRITING, VERIFYING, SEALING)
 
 
 class Stopwatch:
@@ -17,6 +18,10 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self._kinds: list[str] = []
         self._since = 0.0
+
+    def by_kind(self) -> dict[str, float]:
+        """The seconds of what was done at all, in the order in which an export does it."""
+        return {kind: self.seconds[kind] for kind in KINDS if kind in self.seconds}
 
     @contextlib.contextmanager
     def during(self, kind: str) -> Iterator[None]:
