@@ -17,17 +17,23 @@ def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Ite
     """`map(work, items)` on torch's number of threads, in order; a few items are worked on ahead of what is taken.
 
     Each piece is computed on one thread: torch's own threads meet after every operation, which for small tensors takes
-    longer than the operation.
+    longer than the operation. What a thread has of its own (whether gradients are kept, inference mode) is the caller's.
     """
     threads = torch.get_num_threads()
     if threads == 1:
         yield from map(work, items)
         return
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    def alike(item: Item) -> Result:
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return work(item)
+
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         ahead: deque[Future[Result]] = deque()
         try:
             for item in items:
-                ahead.append(pool.submit(work, item))
+                ahead.append(pool.submit(alike, item))
                 if len(ahead) > 2 * threads:
                     yield ahead.popleft().result()
             while ahead:
