@@ -285,6 +285,6 @@ def test_the_fusion_of_heads_can_be_stored_in_a_way_of_its_own() -> None:
     )
     assert fusion is not None
     assert skills is not None
-    assert (fusion.block_size, skills.block_size) == (32, 256)
+    assert (fusion.block_size, skills.block_size) == (64, 256)
     without = replace(recipe, overrides={"heads": skills})
     assert without.form_of("capability_fusion.4.weight") == skills

@@ -7,7 +7,7 @@ import pytest
 
 from cosmos_export.onnx.head_signature import WANTS_SCORES
 from cosmos_export.onnx.passes import ScoresOnDemand, SkipUnchosen, run_passes
-from cosmos_export.onnx.signature import graph_spec
+from cosmos_export.onnx.signature import graph_spec, parts_of
 from cosmos_export.onnx.trace import trace, traceable
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import CAPABILITIES, DECODER
@@ -169,10 +169,17 @@ def test_without_the_input_scores_are_always_computed() -> None:
 # In the graph of a model
 
 
-def decoder(recipe: ExportRecipe) -> ir.Model:
+def decoder(recipe: ExportRecipe, *, on_demand: bool = False) -> ir.Model:
     config = small_config(head_dim=16)
     fused = recipe.fuses_attention(config)
-    spec = graph_spec(DECODER, config, recipe.opset, activations=recipe.activations, capabilities=CAPABILITIES)
+    spec = graph_spec(
+        DECODER,
+        config,
+        recipe.opset,
+        activations=recipe.activations,
+        capabilities=CAPABILITIES,
+        on_demand=on_demand,
+    )
     model = traceable(config, recipe.activations, fused_attention=fused, capabilities=CAPABILITIES)
     return run_passes(trace(model, DECODER, spec, fused_attention=fused), recipe)
 
@@ -206,6 +213,27 @@ def test_what_vectors_are_replaced_by_is_computed_in_branches() -> None:
     of_rounds = {name for name in skipped if name and "evaluation_system.factuality_checker" in name}
     assert of_rounds <= always, "the first round is always computed, the second one in a branch"
     assert of_rounds
+
+
+def test_without_a_report_only_what_is_decided_by_is_computed() -> None:
+    """Above all, neither a correction nor what follows it is: scores read what came of it, not how."""
+    model = decoder(ExportRecipe.load("cpu-fp32"), on_demand=True)
+    always = {part for name in weights(model.graph) for part in parts_of(name)}
+    for module in (
+        "evaluation_system.self_correction.corrector",
+        "evaluation_system.factuality_checker",
+        "evaluation_system.confidence_estimator",
+        "safety_system.hallucination_detector",
+        "safety_system.ethical_guardian",
+        "safety_system.content_filter.category_classifier",
+    ):
+        assert not [name for name in always if module in name], module
+    for module in (
+        "self_correction.error_detector",
+        "content_filter.harmful_detector",
+        "privacy_protector.pii_detector",
+    ):
+        assert [name for name in always if module in name], module
 
 
 @pytest.mark.parametrize("name", ["cuda-fp16", "portable-fp32"])

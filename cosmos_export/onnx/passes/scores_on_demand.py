@@ -55,6 +55,8 @@ def _told_alone(graph: ir.Graph, scores: Sequence[ir.Value]) -> set[ir.Node]:
 
 def _computes_what_it_chooses(selection: ir.Node, nodes: Set[ir.Node]) -> bool:
     producer = producer_of(selection.inputs[1])
+    while producer is not None and producer.op_type == "Cast":  # in whatever type
+        producer = producer_of(producer.inputs[0])
     return producer is None or producer in nodes
 
 
