@@ -17,7 +17,7 @@ def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Ite
     """`map(work, items)` on torch's number of threads, in order; a few items are worked on ahead of what is taken.
 
     Each piece is computed on one thread: torch's own threads meet after every operation, which for small tensors takes
-    longer than the operation. What a thread has of its own (whether gradients are kept, inference mode) is the caller's.
+    longer than the operation. What a thread has of its own (gradients, inference mode) is the caller's.
     """
     threads = torch.get_num_threads()
     if threads == 1:
