@@ -140,10 +140,10 @@ def test_a_failed_proof_leaves_nothing_and_exits_with_1(small_checkpoint, tmp_pa
 def _attach_with_a_fault(attach):
     """Weights of a checkpoint whose value heads are a little too large."""
 
-    def attach_scaled(model, checkpoint, recipe, capabilities):
+    def attach_scaled(model, checkpoint, *rest):
         wrong = {n: checkpoint.tensor(n) * (1.01 if n.endswith("v_proj.weight") else 1) for n in checkpoint.names}
         origin = {"kind": "preset", "location": "wrong"}
-        attach(model, Checkpoint.from_tensors(checkpoint.config, wrong, origin), recipe, capabilities)
+        attach(model, Checkpoint.from_tensors(checkpoint.config, wrong, origin), *rest)
 
     return attach_scaled
 
