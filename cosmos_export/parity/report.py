@@ -164,8 +164,10 @@ class ParityReport:
         quality = "" if self.quality is None else f"; against the model before rounding: {_quality_words(self.quality)}"
         pieces = len({piece.name for piece in self.pieces})
         layers = f"layer by layer: each of {pieces} pieces alone, and " if pieces else ""
+        # Layer by layer, the last positions are reached behind a cache that was filled at random.
+        reach = f"{self.longest} of {self.max_sequence_length} {'positions' if pieces else 'tokens'}"
         return (
-            f"{layers}{len(self.cases)} cases up to {self.longest} of {self.max_sequence_length} tokens equal {model} "
+            f"{layers}{len(self.cases)} cases up to {reach} equal {model} "
             f"within the gate{ties} (largest error {share:.0%} of what it allows); "
             f"{self.stored_equal} stored tensors {self.stored_kind}{quality}"
         )
