@@ -50,5 +50,5 @@ class ParityError(CosmosExportError):
         self.report = report
 
 
-class ParityUnavailable(CosmosExportError):
+class ParityUnavailableError(CosmosExportError):
     """A comparison that this bundle, or this machine, does not allow."""

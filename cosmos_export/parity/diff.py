@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.errors import ParityUnavailable
+from cosmos_export.errors import ParityUnavailableError
 from cosmos_export.parity import metrics
 from cosmos_export.parity.calibrated import with_stored_levels
 from cosmos_export.parity.gates import LOGIT_GATES, Arithmetic, Verdict, judge
@@ -177,11 +177,11 @@ def diff_bundle(
 ) -> Diff:
     """Compares a bundle with its model piece by piece, and the first of `settings` with the others.
 
-    Raises ParityUnavailable for a bundle of a PyTorch program, ExportError for a graph that cannot be cut.
+    Raises ParityUnavailableError for a bundle of a PyTorch program, ExportError for a graph that cannot be cut.
     """
     progress, manifest = progress or Silent(), bundle.manifest
     if manifest.graph_format != ONNX:
-        raise ParityUnavailable(
+        raise ParityUnavailableError(
             f"{manifest.name} is a {manifest.graph_format} program, and diff cuts ONNX graphs; export the checkpoint "
             f"with `cosmos-export onnx` and look there, or use `cosmos-export verify` on this bundle"
         )

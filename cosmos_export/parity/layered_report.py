@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.errors import ParityUnavailable
+from cosmos_export.errors import ParityUnavailableError
 from cosmos_export.model.loading import parameter_count
 from cosmos_export.parity.calibrated import strayed, with_stored_levels
 from cosmos_export.parity.cases import available_memory
@@ -60,7 +60,7 @@ def verify_layers(
     text: str | None,
     progress: Progress,
 ) -> ParityReport:
-    """Compares a bundle with its model layer by layer. Raises ParityUnavailable for what cannot be cut."""
+    """Compares a bundle with its model layer by layer. Raises ParityUnavailableError for what cannot be cut."""
     manifest = bundle.manifest
     _require_plain_onnx(manifest)
     recipe = ExportRecipe.from_manifest(manifest.recipe)
@@ -99,12 +99,12 @@ def verify_layers(
 
 def _require_plain_onnx(manifest: Manifest) -> None:
     if manifest.graph_format != ONNX:
-        raise ParityUnavailable(
+        raise ParityUnavailableError(
             f"{manifest.name} is a {manifest.graph_format} program, which cannot be cut into layers; verify it whole, "
             f"without --layers, or export the checkpoint with `cosmos-export onnx`"
         )
     if manifest.capabilities is not None:
-        raise ParityUnavailable(
+        raise ParityUnavailableError(
             f"{manifest.name} has capability heads, which are compared with the whole model only; verify it without "
             f"--layers, on a machine with room for the model in float64, or the plain decoder with --head lm"
         )
@@ -114,10 +114,10 @@ def _rows(bundle: Bundle, text: str) -> Sequence[LayerCase]:
     """The first rows of a text. Raises TokenizerError where the bundle has no tokenizer, InputError for no text."""
     manifest = bundle.manifest
     if manifest.tokenizer is None:
-        raise ParityUnavailable(f"{manifest.name} has no tokenizer, so no text can be read; leave out --text")
+        raise ParityUnavailableError(f"{manifest.name} has no tokenizer, so no text can be read; leave out --text")
     ids = np.array(Tokenizer.from_file(bundle.file(manifest.tokenizer)).encode(text), np.int64)
     length = min(TEXT_LENGTH, manifest.max_sequence_length, len(ids))
     rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:TEXT_ROWS]
     if length < 2 or not rows:
-        raise ParityUnavailable("the text given has fewer than two tokens, so none can be predicted; give more")
+        raise ParityUnavailableError("the text given has fewer than two tokens, so none can be predicted; give more")
     return [whole_rows(f"1 x {length} text", row[None]) for row in rows]

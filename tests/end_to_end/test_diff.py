@@ -20,7 +20,7 @@ from cosmos_export import bundle as bundles
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.cli import main
 from cosmos_export.config import CosmosAdvancedConfig
-from cosmos_export.errors import ParityUnavailable, TargetError
+from cosmos_export.errors import ParityUnavailableError, TargetError
 from cosmos_export.model import attention
 from cosmos_export.model.attention import FullSequenceAttention
 from cosmos_export.model.loading import random_checkpoint, skeleton
@@ -401,7 +401,7 @@ def test_the_backbone_under_capability_heads_is_compared(tmp_path):
 
 def test_a_pytorch_program_is_refused_with_what_to_do(checkpoint, tmp_path):
     bundle = export_bundle(checkpoint, tmp_path / "out", ExportRecipe.load("torchscript-fp32"), effort=Effort.OFF)
-    with pytest.raises(ParityUnavailable, match="cosmos-export onnx"):
+    with pytest.raises(ParityUnavailableError, match="cosmos-export onnx"):
         diff(bundle.path, checkpoint)
 
 

@@ -15,7 +15,7 @@ from onnx import GraphProto, helper
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.cli import main
-from cosmos_export.errors import ParityError, ParityUnavailable
+from cosmos_export.errors import ParityError, ParityUnavailableError
 from cosmos_export.model.loading import load_decoder
 from cosmos_export.parity import layered_report
 from cosmos_export.parity.gates import Arithmetic, Verdict
@@ -314,7 +314,7 @@ def _with_another_scale(self, config, rotary, last_index, total, cache):  # type
 def test_capability_heads_are_refused_with_what_to_do(tmp_path):
     checkpoint = heads_checkpoint(heads_config())
     bundle = export_heads(checkpoint, tmp_path / "heads", "cpu-fp32", effort=Effort.OFF)
-    with pytest.raises(ParityUnavailable, match="capability heads.*without --layers"):
+    with pytest.raises(ParityUnavailableError, match="capability heads.*without --layers"):
         by_layers(bundle.path, checkpoint)
 
 
