@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -10,6 +9,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.model.loading import preset_checkpoint
 from cosmos_export.onnx.weights import WeightReader
 from cosmos_export.recipe import ExportRecipe
 
@@ -49,8 +50,9 @@ def build(
 
 def attach(model: ir.Model, tensors: Arrays, recipe: ExportRecipe) -> None:
     """Gives each valueless initializer what export writes for it; `tensors` are a checkpoint's, by name."""
-    checkpoint = SimpleNamespace(tensor=lambda name: torch.from_numpy(tensors[name]), calibrated={})
-    reader = WeightReader(checkpoint, recipe)  # type: ignore[arg-type]
+    values = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    checkpoint = Checkpoint.from_tensors(preset_checkpoint("beginner").config, values, {})
+    reader = WeightReader(checkpoint, recipe)
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             array = reader.read(name).numpy()
