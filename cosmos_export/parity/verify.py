@@ -74,11 +74,11 @@ def verify_bundle(
     `text` any bundle is. A PyTorch program is loaded when its files have the manifest's hashes, or are `trusted`.
     Raises the runtime's errors when the bundle cannot be run at all, CheckpointError when the checkpoint does not load.
     """
-    folder, progress = Path(folder), progress or Silent()
+    progress = progress or Silent()
     bundle = Bundle.open(folder)
     if effort is Effort.LAYERS or too_large(bundle.manifest, checkpoint, progress):
         return verify_layers(bundle, checkpoint, causal=causal, provider=provider, text=text, progress=progress)
-    session = load_session(folder, provider=provider, trusted=trusted)
+    session = load_session(bundle, provider=provider, trusted=trusted)
     manifest = session.manifest
     recipe = ExportRecipe.from_manifest(manifest.recipe)
     progress.stage("Comparing stored tensors")
