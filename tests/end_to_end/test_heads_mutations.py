@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +15,9 @@ from cosmos_export.parity.gates import Verdict
 from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.pipeline import ExportedBundle
-from cosmos_runtime import MANIFEST_NAME, Manifest, describe_file, graph_operators
 
 from .head_bundles import export_heads, heads_checkpoint, heads_config
-
-GraphFault = Callable[[GraphProto], None]
+from .mutants import GraphFault, with_graph_fault
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +150,7 @@ FAULTS = {
 def test_a_fault_of_the_heads_fails(
     fault: GraphFault, bundle: ExportedBundle, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    report = verify_bundle(_with_fault(bundle, tmp_path, fault), checkpoint)
+    report = verify_bundle(with_graph_fault(bundle, tmp_path, fault), checkpoint)
     assert all(stored.passed for stored in report.stored), "the fault is in the graph, the weights are still equal"
     assert _failed(report)
     assert not report.passed
@@ -166,24 +162,9 @@ def test_a_piece_that_is_taken_for_a_call_fails(
     """Where sequences are so long that they go in pieces."""
     monkeypatch.setattr("cosmos_runtime.decoder_graph.CHUNK", 8)
     assert verify_bundle(bundle.path, checkpoint).passed
-    report = verify_bundle(_with_fault(bundle, tmp_path, _every_piece_ends_a_call), checkpoint)
+    report = verify_bundle(with_graph_fault(bundle, tmp_path, _every_piece_ends_a_call), checkpoint)
     assert any("1 x 32 tokens" in name for name in _failed(report))
 
 
 def _failed(report: ParityReport) -> list[str]:
     return [case.name for case in report.cases if case.verdict is Verdict.FAIL]
-
-
-def _with_fault(bundle: ExportedBundle, tmp_path: Path, fault: GraphFault) -> Path:
-    """A copy of the bundle whose graph was changed, sealed again."""
-    folder = tmp_path / "faulty"
-    shutil.copytree(bundle.path, folder)
-    path = folder / bundle.manifest.graphs["decoder"].file
-    model = onnx.load(path, load_external_data=False)
-    fault(model.graph)
-    path.write_bytes(model.SerializeToString())
-    manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    files = {**manifest.files, path.name: describe_file(path)}
-    sealed = replace(manifest, files=files, operators=graph_operators([path]))
-    (folder / MANIFEST_NAME).write_text(sealed.to_json(), encoding="utf-8")
-    return folder
