@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cosmos_runtime.errors import BundleError
 from cosmos_runtime.graph_file import ONNX_DOMAIN, ExternalData, read_graph
+from cosmos_runtime.graph_sizes import check_sizes
 from cosmos_runtime.manifest import MANIFEST_NAME, ONNX, FileEntry, Manifest
 
 CONTRIB_DOMAIN = "com.microsoft"
@@ -51,7 +52,8 @@ def check_graphs(folder: Path, manifest: Manifest) -> None:
 
 
 def check_graph(folder: Path, manifest: Manifest, file: str) -> None:
-    """Refuse operators beyond the lists, and weights beyond the bundle's files, in one graph of a bundle.
+    """Refuse operators beyond the lists, weights beyond the bundle's files, and tables of other sizes than the manifest
+    promises, in one graph of a bundle.
 
     Raises: BundleError naming the graph, the operator or tensor, and what was expected.
     """
@@ -64,6 +66,9 @@ def check_graph(folder: Path, manifest: Manifest, file: str) -> None:
     beside = file[: file.rfind("/") + 1]
     for tensor in contents.external:
         _check_external(path, manifest, beside, tensor)
+    for graph in manifest.graphs.values():
+        if graph.file == file:
+            check_sizes(path, contents, graph, manifest)
 
 
 def graph_operators(paths: list[Path]) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,5 @@
-"""What an ONNX graph file asks for, read without ONNX and before ONNX Runtime sees it: operators and external data.
+"""What an ONNX graph file asks for, read without ONNX and before ONNX Runtime sees it: operators, external data, and
+the shapes of the tables that it looks rows up in.
 
 A graph file is a protobuf message (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto). Only the few fields that
 lead to a node or to a tensor's place are followed, everything else is stepped over by its length, so that inline
@@ -19,9 +20,9 @@ ONNX_DOMAIN = "ai.onnx"
 # Field numbers of onnx.proto.
 _MODEL = {"graph": 7, "training_info": 20, "functions": 25}
 _GRAPH = {"node": 1, "initializer": 5, "sparse_initializer": 15}
-_NODE = {"op_type": 4, "attribute": 5, "domain": 7}
+_NODE = {"input": 1, "op_type": 4, "attribute": 5, "domain": 7}
 _ATTRIBUTE = {"t": 5, "g": 6, "tensors": 10, "graphs": 11, "sparse_tensor": 22, "sparse_tensors": 23}
-_TENSOR = {"name": 8, "external_data": 13}
+_TENSOR = {"dims": 1, "name": 8, "external_data": 13}
 _SPARSE_TENSOR = {"values": 1, "indices": 2}
 _ENTRY = {"key": 1, "value": 2}
 
@@ -30,12 +31,16 @@ _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 # The largest number that one byte says, as most tags and lengths are; a byte beyond stands for one that is not there.
 _ONE_BYTE, _NO_BYTE = 0x7F, 0x80
 _LARGEST_TAG = (1 << 32) - 1
+_LARGEST_DIMENSION = (1 << 63) - 1
 _LONGEST_VARINT = 10
 
 # A branch in a branch in a branch: exported models have one level.
 _DEEPEST_SUBGRAPH = 16
 # A model of 80 layers in standard operators has some hundred thousand; a file that has more would take minutes to read.
 _MOST_FIELDS = 4_000_000
+
+# Operators whose inputs are kept: they look up rows of a table by token or by position.
+TABLE_READERS = frozenset({"Gather", "GatherBlockQuantized", "GroupQueryAttention"})
 
 _EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 
@@ -53,10 +58,13 @@ class ExternalData:
 @dataclass(frozen=True)
 class GraphContents:
     """The operators (domain, name) of a graph file's nodes, those of branches and loops included, and the places of all
-    its external tensors."""
+    its external tensors. Of the graph outside branches and loops also the shapes of its initializers, and its
+    `TABLE_READERS` with the names of their inputs ("" for one that is left out)."""
 
     operators: set[tuple[str, str]] = field(default_factory=set)
     external: list[ExternalData] = field(default_factory=list)
+    initializers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    readers: list[tuple[str, list[str]]] = field(default_factory=list)
 
 
 def read_graph(path: Path) -> GraphContents:
@@ -100,19 +108,32 @@ class _Reader:
             if number == _GRAPH["node"]:
                 self._node(at, stop, depth)
             elif number == _GRAPH["initializer"]:
-                self._tensor(at, stop)
+                self._initializer(at, stop, depth)
             else:
                 self._sparse_tensor(at, stop)
 
+    def _initializer(self, start: int, end: int, depth: int) -> None:
+        name, shape = self._tensor(start, end)
+        if depth == 0:
+            if name in self._contents.initializers:
+                self._fail(f"the initializer {name!r} is given twice")
+            self._contents.initializers[name] = shape
+
     def _node(self, start: int, end: int, depth: int) -> None:
         texts: dict[int, str] = {}
+        inputs: list[tuple[int, int]] = []
         for number, at, stop in self._messages(start, end, _NODE):
             if number == _NODE["attribute"]:
                 self._attribute(at, stop, depth)
+            elif number == _NODE["input"]:
+                inputs.append((at, stop))
             else:
                 self._put(texts, number, at, stop, "a node's operator or domain")
         operator, domain = texts.get(_NODE["op_type"], ""), texts.get(_NODE["domain"], "")
         self._contents.operators.add((domain or ONNX_DOMAIN, operator))
+        if depth == 0 and operator in TABLE_READERS:
+            names = [self._text(at, stop, "the name of a node's input") for at, stop in inputs]
+            self._contents.readers.append((operator, names))
 
     def _attribute(self, start: int, end: int, depth: int) -> None:
         for number, at, stop in self._messages(start, end, _ATTRIBUTE):
@@ -127,17 +148,31 @@ class _Reader:
         for _, at, stop in self._messages(start, end, _SPARSE_TENSOR):
             self._tensor(at, stop)
 
-    def _tensor(self, start: int, end: int) -> None:
-        """A tensor with any external entry counts as external, whatever its `data_location` says."""
-        name: dict[int, str] = {}
+    def _tensor(self, start: int, end: int) -> tuple[str, tuple[int, ...]]:
+        """Name and shape. A tensor with any external entry counts as external, whatever its `data_location` says."""
+        names: dict[int, str] = {}
         entries: dict[str, str] = {}
+        shape: list[int] = []
         for number, at, stop in self._messages(start, end, _TENSOR):
             if number == _TENSOR["name"]:
-                self._put(name, number, at, stop, "a tensor's name")
+                self._put(names, number, at, stop, "a tensor's name")
+            elif number == _TENSOR["dims"]:
+                shape += self._dimensions(at, stop)
             else:
                 self._external_entry(entries, at, stop)
+        name = names.get(_TENSOR["name"], "")
         if entries:
-            self._contents.external.append(self._external(name.get(_TENSOR["name"], ""), entries))
+            self._contents.external.append(self._external(name, entries))
+        return name, tuple(shape)
+
+    def _dimensions(self, start: int, end: int) -> Iterator[int]:
+        """One number, or several that are packed into one field: the same bytes."""
+        at = start
+        while at < end:
+            size, at = self._varint(at, end)
+            if size > _LARGEST_DIMENSION:
+                self._fail("a tensor has a negative size")
+            yield size
 
     def _external_entry(self, entries: dict[str, str], start: int, end: int) -> None:
         texts: dict[int, str] = {}
@@ -161,17 +196,20 @@ class _Reader:
         """A string that may be given once: protobuf would take the last, another reader the first."""
         if number in texts:
             self._fail(f"{what} is given twice")
+        texts[number] = self._text(start, end, what)
+
+    def _text(self, start: int, end: int, what: str) -> str:
         try:
-            texts[number] = self._data[start:end].decode("utf-8")
+            return self._data[start:end].decode("utf-8")
         except UnicodeDecodeError:
-            self._fail(f"{what} is not UTF-8")
+            return self._fail(f"{what} is not UTF-8")
 
     def _messages(self, start: int, end: int, wanted: dict[str, int]) -> Iterator[tuple[int, int, int]]:
         """Number, start and end of the `wanted` fields of the message from `start` to `end`; all of them are strings or
-        messages. Every field is stepped over by the rules of the wire format.
+        messages, or "dims". Every field is stepped over by the rules of the wire format.
         https://protobuf.dev/programming-guides/encoding/
         """
-        data, numbers, at = self._data, wanted.values(), start
+        data, numbers, integers, at = self._data, wanted.values(), wanted.get("dims"), start
         while at < end:
             self._fields_left -= 1
             tag = data[at]
@@ -195,7 +233,7 @@ class _Reader:
                 self._damaged("a field without a number")
             if self._fields_left < 0:
                 self._fail(f"has more than {_MOST_FIELDS:,} fields")
-            if number in numbers and kind != _BYTES:
+            if number in numbers and kind != _BYTES and not (number == integers and kind == _VARINT):
                 self._damaged(f"field {number} is of wire type {kind}, expected {_BYTES}")
             if number in numbers:
                 yield number, begin, at

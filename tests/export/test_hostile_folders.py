@@ -229,7 +229,12 @@ def test_what_is_not_spoilt_is_exported(folder: Path, tmp_path: Path) -> None:
     set_tensors(folder, lambda t: t.update({"rope.cos": torch.ones(32, 4)}))
     options = ("--recipe", "fp32", "--verify", "off", "--out", tmp_path / "out")
     assert invoke(export_command, "onnx", "--checkpoint", folder, *options).exit_code == 0
-    assert invoke(run_command, "generate", tmp_path / "out", "--prompt", "ab", "--max-new-tokens", 2).exit_code == 0
+    generate = ("generate", tmp_path / "out", "--prompt", "ab", "--max-new-tokens", 2)
+    assert invoke(run_command, *generate).exit_code == 0
+    set_manifest(tmp_path / "out", "model", "max_sequence_length", value=33)
+    refused = invoke(run_command, *generate)
+    assert refused.exit_code == 1
+    assert "model.max_sequence_length 33, and 'rope.cos' has 32 positions" in refused.stderr
 
 
 def test_a_tokenizer_that_panics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +316,10 @@ BUNDLES: dict[str, tuple[Spoil, str]] = {
     "a sequence of 10^12": (
         lambda f: set_manifest(f, "model", "max_sequence_length", value=10**12),
         "model.max_sequence_length: expected an integer, at most 16777216",
+    ),
+    "more tokens than the embedding has": (
+        lambda f: set_manifest(f, "model", "vocab_size", value=258),
+        "model.vocab_size 258, and 'embedding' has 257 tokens",
     ),
     "settings of no heads": (
         lambda f: set_manifest(
