@@ -26,10 +26,11 @@ from typing import Self
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from cosmos_export.checkpoint import EMBEDDING
 from cosmos_export.errors import ExportError
+from cosmos_export.onnx.branch_outputs import BRANCHING, reads, with_outputs_alone
 from cosmos_export.onnx.signature import parts_of, quantized_part, source_of
 from cosmos_runtime import GraphSpec, Role
 
@@ -139,6 +140,46 @@ class SlicedGraph:
         """The graph's outputs other than caches."""
         return [t.name for t in self.spec.outputs if t.role not in _OF_THE_CACHE]
 
+    # Following the heads
+
+    def taken_by_product(self, weight: str) -> str:
+        """The value that follows from the tokens where it meets this matrix. Raises ExportError where none does."""
+        return self._data_input(self._product(weight))
+
+    def written_by(self, value: str) -> tuple[str, tuple[str, ...]]:
+        """The operator that gives a value, and what that reads; ("", ()) for what no node gives."""
+        step = self._writer.get(value)
+        return ("", ()) if step is None else (self._nodes[step.node].op_type, step.reads)
+
+    def depends_on(self, value: str) -> frozenset[str]:
+        """The checkpoint's tensors, and the graph's inputs ("input NAME"), that a value follows from."""
+        return self._depends.get(value, frozenset())
+
+    def before(self, value: str) -> list[str]:
+        """What a value is made of, itself included, in the order of the graph."""
+        if value not in self._writer:
+            return [value]
+        found = {value, *self._ancestors(self._writer[value])}
+        return [written for step in self._steps for written in step.writes if written in found]
+
+    def first_after(self, weights: Sequence[str]) -> str:
+        """The first value that follows from all these weights. Raises ExportError where none does."""
+        wanted = set(weights)
+        for step in self._steps:
+            if wanted <= self.depends_on(step.writes[0]):
+                return step.writes[0]
+        raise ExportError(f"{self.folder}: nothing in the graph follows from {weights[0]}; export the bundle again")
+
+    def unsliced(self, cuts: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[str]:
+        """What the graph's results need and none of these cuts, (inputs, outputs) each, computes."""
+        left = self._computed([], [t.name for t in self.spec.outputs])
+        for inputs, outputs in cuts:
+            left -= self._computed(inputs, outputs)
+        return sorted(left)
+
+    def _computed(self, inputs: Sequence[str], outputs: Sequence[str]) -> set[str]:
+        return set().union(*self._needed(set(inputs), outputs).values())
+
     # Cutting
 
     def cut(self, inputs: Sequence[str], outputs: Sequence[str]) -> ModelProto:
@@ -152,7 +193,7 @@ class SlicedGraph:
         for at in sorted(needed):
             nodes += self._emitted(self._nodes[at], needed[at], set(inputs))
         made = {name for node in nodes for name in node.output}
-        for name in (name for node in nodes for name in _reads(node)):
+        for name in (name for node in nodes for name in reads(node)):
             if name in self._inputs:
                 graph_inputs.add(name)
             elif name in self.initializers and name not in made:
@@ -294,6 +335,9 @@ class SlicedGraph:
 
     def _emitted(self, node: NodeProto, needed: set[str], inputs: set[str]) -> Iterator[NodeProto]:
         """`node` as a slice has it."""
+        if node.op_type == BRANCHING:
+            yield with_outputs_alone(node, needed)
+            return
         if not _is_skip_norm(node) or (node.output[_NORMED] in needed and node.output[_SUM] in needed):
             yield node
             return
@@ -343,21 +387,14 @@ def _name_sums(graph: GraphProto) -> None:
 
 
 def _steps(at: int, node: NodeProto) -> Iterator[_Step]:
-    """A node as what it computes: one step, but a skip-norm is a sum and a norm of it."""
+    """A node as what it computes: one step, but a skip-norm is a sum and a norm of it, and a branch may be taken for
+    each of its results by itself."""
     if _is_skip_norm(node):
         total = node.output[_SUM]
         yield _Step(at, (*node.input[:2], *node.input[3:4]), (total,))
         yield _Step(at, (total, node.input[2]), (node.output[_NORMED],))
+    elif node.op_type == BRANCHING:
+        for name in node.output:
+            yield _Step(at, tuple(reads(with_outputs_alone(node, {name}))), (name,))
     else:
-        yield _Step(at, tuple(_reads(node)), tuple(name for name in node.output if name))
-
-
-def _reads(node: NodeProto) -> Iterator[str]:
-    """What a node reads, the branches in it included."""
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            inner = attribute.g
-            own = {i.name for i in (*inner.input, *inner.initializer)} | {o for n in inner.node for o in n.output}
-            yield from (name for n in inner.node for name in _reads(n) if name not in own)
-            yield from (o.name for o in inner.output if o.name not in own)
+        yield _Step(at, tuple(reads(node)), tuple(name for name in node.output if name))
