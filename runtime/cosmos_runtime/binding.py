@@ -3,7 +3,10 @@
 Binding costs some microseconds a tensor, so what stays where it is stays bound from run to run.
 """
 
+import math
+import os
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -160,9 +163,28 @@ def allocate(shape: tuple[int, ...], dtype: str, device: str) -> "onnxruntime.Or
         return OrtValue.ortvalue_from_shape_and_type(list(shape), element_type(dtype), device, 0)
     except Exception as error:  # ONNX Runtime's errors have no common base class
         raise CosmosRuntimeError(
-            f"{device} has no room for {int(np.prod(shape)) * item_size(dtype):,} more bytes; ask for fewer tokens or "
+            f"{device} has no room for {math.prod(shape) * item_size(dtype):,} more bytes; ask for fewer tokens or "
             f"rows, or free memory there"
         ) from error
+
+
+def check_room(device: str, size: int, what: str) -> None:
+    """Refuse to allocate `size` bytes on the host where it has fewer in all: the system might promise them, and end the
+    process when they are used. Raises: CosmosRuntimeError."""
+    if device == HOST and size > _memory_in_all():
+        raise CosmosRuntimeError(
+            f"{what}: {size:,} bytes are wanted, and this machine has {_memory_in_all():,} in all; ask for fewer "
+            f"tokens or rows"
+        )
+
+
+@cache
+def _memory_in_all() -> int:
+    """Bytes of the host's memory; more than there can be where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf, and not every system these names
+        return 2**63
 
 
 def device_run_options(graph_id: int) -> "onnxruntime.RunOptions":

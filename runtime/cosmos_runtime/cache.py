@@ -3,12 +3,13 @@
 B  batch    L  cache length    K  key/value heads    E  head_dim
 """
 
+import math
 import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cosmos_runtime.binding import HOST, Binding, Memory, allocate, item_size
+from cosmos_runtime.binding import HOST, Binding, Memory, allocate, check_room, item_size
 from cosmos_runtime.device_stream import HostStream, Stream
 from cosmos_runtime.manifest import GraphSpec, Role, TensorSpec
 
@@ -33,7 +34,9 @@ class KeyValueCache:
         self.batch, self.length, self._stream = batch, length, stream or HostStream()
         self.device = self._stream.device
         self._pairs = cache_pairs(graph)
-        self._stream.reserve(self.size, f"a cache of {batch} x {length} tokens")
+        what = f"a cache of {batch} x {length} tokens"
+        check_room(self.device, self.size, what)
+        self._stream.reserve(self.size, what)
         weakref.finalize(self, self._stream.release, self.size)
         with self._stream.working():
             self._values = [self._zeros(past) for past, _ in self._pairs]
@@ -95,4 +98,4 @@ def _shape(past: TensorSpec, batch: int, length: int) -> tuple[int, ...]:
 
 
 def _bytes(past: TensorSpec, batch: int, length: int) -> int:
-    return int(np.prod(_shape(past, batch, length))) * item_size(past.dtype)
+    return math.prod(_shape(past, batch, length)) * item_size(past.dtype)

@@ -5,6 +5,7 @@
 A call is a run of the model that the heads look at: a prompt, a token. Each row counts its own.
 """
 
+import math
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cosmos_runtime.binding import Binding
+from cosmos_runtime.binding import Binding, check_room, item_size
 from cosmos_runtime.device_stream import DeviceArray, Stream
 from cosmos_runtime.diagnostics import nested_diagnostics
 from cosmos_runtime.errors import InputError
 from cosmos_runtime.manifest import GraphSpec, Role, TensorSpec
+from cosmos_runtime.quoting import quoted
+from cosmos_runtime.validation import finite_array, token_count
 
 if TYPE_CHECKING:
     from cosmos_runtime.manifest import Manifest
@@ -28,6 +31,8 @@ _MEMORY_PARTS = (
     (Role.PAST_MEMORY_KEYS, Role.PRESENT_MEMORY_KEYS),
     (Role.PAST_MEMORY_VALUES, Role.PRESENT_MEMORY_VALUES),
 )
+# A call each microsecond for nine years: what is more is no number of calls.
+_MOST_CALLS = 2**48
 STATE_PARTS = (*_MEMORY_PARTS, (Role.PAST_QUERY, Role.PRESENT_QUERY))
 
 Scores = Mapping[str, npt.NDArray[Any]]
@@ -75,6 +80,8 @@ class MemoryBank:
         self.batch, self.device, self._stream = batch, stream.device, stream
         self.turn = threading.Lock()
         self.slots, self._size = memory_slots(manifest, calls), memory_slots(manifest)
+        shapes = [(*self._shape(tensor), item_size(tensor.dtype)) for tensor, _ in state_pairs(graph)]
+        check_room(stream.device, sum(map(math.prod, shapes)) + 8 * batch, f"a memory of {batch} rows")
         self.calls = np.zeros(batch, np.int64)
         with stream.working():
             self._arrays = {tensor.name: self._zeros(tensor, stream) for tensor, _ in state_pairs(graph)}
@@ -89,16 +96,24 @@ class MemoryBank:
         """Put in a working memory that was kept: keys and values (B, M, D), and the calls that every row has behind it.
 
         Entry n of a row was stored by a call whose number leaves the remainder n modulo M.
-        Raises: InputError for arrays of another shape.
+        Raises: InputError for arrays of another shape or with numbers that are not finite, for `calls` that are no
+        number of calls, and where the model has no working memory; the bank is then as it was.
         """
-        for role, given in ((Role.PAST_MEMORY_KEYS, keys), (Role.PAST_MEMORY_VALUES, values)):
-            for array in (array for name, array in self._arrays.items() if self._roles[name] == role):
-                wanted = np.ascontiguousarray(given, array.dtype)
-                if wanted.shape != array.shape:
-                    raise InputError(f"restore: expected {role} of shape {array.shape}, got {wanted.shape}")
-                with self._stream.working():
-                    self._stream.upload(wanted, array)
-        self.calls[:] = calls
+        places = {self._roles[name]: array for name, array in self._arrays.items()}
+        if Role.PAST_MEMORY_KEYS not in places:
+            raise InputError("restore: expected a model with the memory capability; this one keeps no working memory")
+        count = token_count("restore: calls", calls, minimum=0)
+        if count > _MOST_CALLS:
+            raise InputError(f"restore: calls: expected at most {_MOST_CALLS:,}, got {quoted(calls)}")
+        given = {Role.PAST_MEMORY_KEYS: ("keys", keys), Role.PAST_MEMORY_VALUES: ("values", values)}
+        kept = [
+            (finite_array(f"restore: {name}", numbers, places[role].shape, places[role].dtype), places[role])
+            for role, (name, numbers) in given.items()
+        ]
+        with self._stream.working():
+            for array, place in kept:
+                self._stream.upload(array, place)
+        self.calls[:] = count
 
     def check_room(self, rows: slice) -> None:
         """Raises: InputError where another call of these rows would lose an entry that the model still has."""
@@ -118,10 +133,12 @@ class MemoryBank:
 
     def _zeros(self, tensor: TensorSpec, stream: Stream) -> DeviceArray:
         """Zeros: an entry that is not there is weighted with 0, which NaN would survive."""
-        inner = [axis if isinstance(axis, int) else self.slots for axis in tensor.shape[1:]]
-        array = DeviceArray((self.batch, *inner), tensor.dtype, self.device)
+        array = DeviceArray(self._shape(tensor), tensor.dtype, self.device)
         stream.clear(array.address, array.size)
         return array
+
+    def _shape(self, tensor: TensorSpec) -> tuple[int, ...]:
+        return (self.batch, *(axis if isinstance(axis, int) else self.slots for axis in tensor.shape[1:]))
 
 
 class HeadBinding:

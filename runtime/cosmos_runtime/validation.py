@@ -69,6 +69,32 @@ def prompt_rows(prompts: Iterable[npt.ArrayLike]) -> list[npt.ArrayLike]:
     return _listed("prompts", prompts, "a list of rows of token ids")
 
 
+def finite_array(name: str, given: npt.ArrayLike, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """Check numbers that are to be copied as they are, and return them as a contiguous array of `dtype`.
+
+    Raises: InputError for what is no array of `shape`, for numbers that are not finite or too large for `dtype`, and
+    for a `dtype` that numpy has not (bfloat16).
+    """
+    try:
+        wanted = np.dtype(dtype)
+    except TypeError:
+        raise InputError(f"{name}: cannot be given: this bundle keeps them as {dtype}, which numpy has not") from None
+    try:
+        values = np.asarray(given)
+        numeric = values.dtype.kind in "iuf"
+    except Exception as error:  # numpy's own, or whatever an object raises that is asked for its array
+        raise InputError(f"{name}: expected an array of shape {shape}: {first_line(error)}") from error
+    if not numeric or values.shape != shape:
+        raise InputError(f"{name}: expected {dtype} of shape {shape}, got {values.dtype} of shape {values.shape}")
+    with np.errstate(over="ignore"):
+        array = np.ascontiguousarray(values, wanted)
+    finite = np.isfinite(array)
+    if not finite.all():
+        place = tuple(map(int, np.unravel_index(int(finite.argmin()), shape)))
+        raise InputError(f"{name}{list(place)}: expected a finite {dtype}, got {values[place]}")
+    return array
+
+
 def check_fixed_axes(ids: TokenIds, spec: TensorSpec) -> None:
     """Check (B, T) against the axes that the graph fixes. Raises: InputError naming the axis."""
     for axis, (wanted, given) in enumerate(zip(spec.shape, ids.shape, strict=True)):

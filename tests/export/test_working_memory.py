@@ -1,9 +1,12 @@
 """The bank of earlier calls: a ring of any number of slots, per row, without entries and with too many."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from cosmos_export.errors import ConfigError
 from cosmos_export.model.capabilities.working_memory import MemoryBank, MemoryState, WorkingMemory, entries_read
 
 from .capability_models import random_vectors
@@ -142,3 +145,36 @@ def test_calls_along_rows_are_the_calls_one_after_another() -> None:
         found, state = memory(x[:, call], state)
         expected.append(found)
     torch.testing.assert_close(memory.along_rows(x), torch.stack(expected, dim=1), rtol=1e-12, atol=1e-12)
+
+
+STATE = MemoryState(torch.zeros(2, 5, DIM), torch.zeros(2, 5, DIM), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"keys": torch.zeros(2, DIM)}, r"keys and values \(B, M, D\) and calls \(B,\), got shapes \(2, 12\)"),
+        ({"values": torch.zeros(2, 6, DIM)}, r"got shapes .*\(2, 6, 12\)"),
+        ({"calls": torch.zeros(3, dtype=torch.int64)}, r"and \(3,\)"),
+        ({"calls": torch.zeros(2)}, "calls in int64"),
+        ({"values": torch.zeros(2, 5, DIM, dtype=torch.float64)}, "of one type"),
+        ({"values": torch.zeros(2, 5, DIM, device="meta")}, "on meta"),
+        ({"calls": [0, 0]}, "a MemoryState of three tensors, got Tensor, Tensor, list"),
+    ],
+)
+def test_a_state_whose_tensors_do_not_belong_together(changes: dict[str, Any], words: str) -> None:
+    MemoryBank(STATE)
+    with pytest.raises(ConfigError, match=f"memory: expected .*{words}"):
+        MemoryBank(STATE._replace(**changes))
+
+
+@pytest.mark.parametrize("batch", [10**12, 2**70])
+def test_more_rows_than_there_is_room_for(batch: int) -> None:
+    with pytest.raises(ConfigError, match=r"memory: no room for \d+ rows of 8 entries of dim 12: .*ask for fewer rows"):
+        empty(batch)
+
+
+@pytest.mark.parametrize(("batch", "capacity"), [(0, 5), (-1, 5), (2, -1)])
+def test_no_rows_and_less_than_no_entries(batch: int, capacity: int) -> None:
+    with pytest.raises(ConfigError, match="expected at least one row and no negative capacity"):
+        empty(batch, capacity)

@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from cosmos_runtime import BundleError, FileEntry, GraphSpec, Manifest, Role, TensorSpec
+from cosmos_runtime import BundleError, CosmosRuntimeError, FileEntry, GraphSpec, InputError, Manifest, Role, TensorSpec
+from cosmos_runtime.cache import KeyValueCache
+from cosmos_runtime.device_stream import HostStream
 from cosmos_runtime.head_signature import check_heads
-from cosmos_runtime.heads import memory_slots
+from cosmos_runtime.heads import MemoryBank, memory_slots
+from cosmos_runtime.validation import finite_array
 
 from .tiny_bundles import make_manifest
+from .tiny_decoders import DECODER
 
 SETTINGS = {
     "memory": {"episodes": True},
@@ -113,3 +118,82 @@ def test_a_memory_has_as_many_slots_as_calls_within_its_bounds() -> None:
     assert [memory_slots(found, calls) for calls in (1, 5, 6, 2048, 5000)] == [5, 5, 6, 2048, 2048]
     assert memory_slots(found) == 2048
     assert memory_slots(manifest(memory=None)) == 0
+
+
+# Memory that a caller gives
+
+
+def bank(batch: int = 2, calls: int | None = 6) -> MemoryBank:
+    return MemoryBank(graph(), manifest(), batch, calls, HostStream())
+
+
+def kept(**changes: Any) -> dict[str, Any]:
+    return {"keys": np.ones((2, 6, 8), np.float32), "values": np.ones((2, 6, 8)).tolist(), "calls": 6, **changes}
+
+
+def with_one(value: float) -> np.ndarray:
+    array = np.ones((2, 6, 8))
+    array[1, 2, 3] = value
+    return array
+
+
+class Unwilling:
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"keys": np.ones((2, 5, 8))},
+            r"keys: expected float32 of shape \(2, 6, 8\), got .* of shape \(2, 5, 8\)",
+        ),
+        ({"values": np.ones((1, 6, 8))}, r"values: expected float32 of shape"),
+        ({"keys": "ones"}, "keys: expected float32 of shape .*, got <U4"),
+        ({"keys": None}, "keys: expected float32 of shape .*, got object"),
+        ({"keys": [[1.0], [1.0, 2.0]]}, "keys: expected an array of shape"),
+        ({"keys": np.ones((2, 6, 8), complex)}, "keys: .*got complex128"),
+        ({"values": Unwilling()}, "values: expected an array of shape .*: not today"),
+        ({"values": with_one(np.nan)}, r"values\[1, 2, 3\]: expected a finite float32, got nan"),
+        ({"keys": with_one(-np.inf)}, r"keys\[1, 2, 3\]: expected a finite float32, got -inf"),
+        ({"keys": with_one(1e300)}, r"keys\[1, 2, 3\]: expected a finite float32, got 1e\+300"),
+        ({"calls": -1}, "calls: expected an integer, 0 or more, got -1"),
+        ({"calls": 2.0}, "calls: expected an integer, 0 or more, got 2.0"),
+        ({"calls": [1, 2]}, "calls: expected an integer"),
+        ({"calls": 2**80}, "calls: expected at most"),
+    ],
+)
+def test_a_memory_that_does_not_fit_is_refused_whole(changes: dict[str, Any], words: str) -> None:
+    memory = bank()
+    with pytest.raises(InputError, match=f"restore: {words}"):
+        memory.restore(**kept(**changes))
+    assert memory.calls.tolist() == [0, 0]
+
+
+def test_a_memory_that_was_kept_is_put_in() -> None:
+    memory = bank()
+    memory.restore(**kept(calls=np.int32(9)))
+    assert memory.calls.tolist() == [9, 9]
+
+
+def test_a_model_without_memory_has_nothing_to_put_in() -> None:
+    stateless = GraphSpec("g.onnx", 20, graph().inputs[:1], graph().outputs[:1])
+    with pytest.raises(InputError, match="restore: expected a model with the memory capability"):
+        MemoryBank(stateless, manifest(memory=None), 2, None, HostStream()).restore(**kept())
+
+
+def test_numbers_of_a_type_that_numpy_has_not() -> None:
+    """As bfloat16 is, unless another package teaches it to numpy."""
+    with pytest.raises(
+        InputError, match="keys: cannot be given: this bundle keeps them as float7, which numpy has not"
+    ):
+        finite_array("keys", [1.0], (1,), "float7")
+
+
+@pytest.mark.parametrize("batch", [10**12, 2**70])
+def test_more_rows_than_the_machine_has_memory(batch: int) -> None:
+    with pytest.raises(CosmosRuntimeError, match="a memory of .* rows: .* bytes are wanted, and this machine has"):
+        bank(batch)
+    with pytest.raises(CosmosRuntimeError, match="a cache of .* tokens: .* bytes are wanted, and this machine has"):
+        KeyValueCache(DECODER, batch, 96)

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cosmos_export.errors import ConfigError
 from cosmos_export.model.capabilities.layers import distribution, in_score_precision
+from cosmos_runtime import quoted
 
 ENTRIES_READ = 5
 _MIN_NORM = 1e-8  # torch.nn.functional.cosine_similarity's
@@ -34,14 +36,29 @@ class MemoryState(NamedTuple):
 
 @dataclass
 class MemoryBank:
-    """The working memory of a sequence of calls: pass it as `memory=` to each of them, and each updates it."""
+    """The working memory of a sequence of calls: pass it as `memory=` to each of them, and each updates it.
+
+    Raises: ConfigError for a `state` that is none: tensors of other ranks, or that do not belong together.
+    """
 
     state: MemoryState
 
+    def __post_init__(self) -> None:
+        _check_state(self.state)
+
     @classmethod
     def empty(cls, batch: int, capacity: int, dim: int, *, dtype: torch.dtype, device: torch.device) -> MemoryBank:
-        """A bank of `capacity` slots that no call has seen."""
-        keys, values = (torch.zeros(batch, capacity, dim, dtype=dtype, device=device) for _ in range(2))
+        """A bank of `capacity` slots that no call has seen. Raises: ConfigError where there is no room for it."""
+        if batch < 1 or capacity < 0:
+            raise ConfigError(f"memory: expected at least one row and no negative capacity, got {batch} and {capacity}")
+        try:
+            keys, values = (torch.zeros(batch, capacity, dim, dtype=dtype, device=device) for _ in range(2))
+        except (RuntimeError, TypeError, OverflowError) as error:  # torch has no room, or takes no such number
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"memory: no room for {batch} rows of {capacity} entries of dim {dim}: {reason}; ask for fewer rows, "
+                f"or give a capacity"
+            ) from error
         return cls(MemoryState(keys, values, torch.zeros(batch, dtype=torch.int64, device=device)))
 
     @property
@@ -58,6 +75,26 @@ class MemoryBank:
     def calls(self) -> Tensor:
         """Calls of each row so far, (B,) int64."""
         return self.state.calls
+
+
+def _check_state(state: MemoryState) -> None:
+    """Shapes and types alone: what the tensors hold is not looked at, which would wait for their device."""
+    if not isinstance(state, MemoryState):
+        raise ConfigError(f"memory: expected a MemoryState, got {quoted(state)}; see new_memory")
+    kinds = [type(part).__name__ for part in state]
+    if not all(isinstance(part, Tensor) for part in state):
+        raise ConfigError(f"memory: expected a MemoryState of three tensors, got {', '.join(kinds)}; see new_memory")
+    keys, values, calls = state
+    if keys.dim() != 3 or values.shape != keys.shape or calls.shape != keys.shape[:1]:
+        raise ConfigError(
+            f"memory: expected keys and values (B, M, D) and calls (B,), got shapes {tuple(keys.shape)}, "
+            f"{tuple(values.shape)} and {tuple(calls.shape)}; see new_memory"
+        )
+    if values.dtype != keys.dtype or calls.dtype != torch.int64 or not keys.device == values.device == calls.device:
+        raise ConfigError(
+            f"memory: expected keys and values of one type, calls in int64, all on one device, got "
+            f"{', '.join(f'{part.dtype} on {part.device}' for part in state)}; see new_memory"
+        )
 
 
 def entries_read(working_memory_size: int) -> int:
