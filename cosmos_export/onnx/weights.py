@@ -22,9 +22,10 @@ from torch import Tensor
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.errors import CheckpointError, ExportError
-from cosmos_export.model.capabilities import is_of_heads, weight_source
+from cosmos_export.model.capabilities import is_of_heads
 from cosmos_export.model.loading import model_skeleton, skeleton
 from cosmos_export.model.rope import rotary_tables
+from cosmos_export.model.row_reading import RowReader
 from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize, quantize_stacked, stack_rows
 from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, QuantizedPart, parts_of, quantized_part, source_of
 from cosmos_export.recipe import ExportRecipe
@@ -122,13 +123,24 @@ class WeightReader:
                 first += len(rows)
 
     def _parts(self, source: str) -> Iterator[Tensor]:
-        """The tensors of the model that `source` holds one above the other, in their own precision."""
+        """What `source` holds, in matrices one above the other, in their own precision: the tensors of the model, and
+        of those that are stacked of many some rows at a time."""
         names = parts_of(source)
         for name in names:
-            with self.stopwatch.during(READING):
-                tensor = self._tensor(name)
-                if name == names[-1]:
+            announced = name != names[-1]
+            for tensor in self._timed(RowReader(self.checkpoint, name).matrices(_VALUES_AT_ONCE)):
+                if not announced:
                     self._announce_after(source)
+                    announced = True
+                yield tensor
+                del tensor
+
+    def _timed(self, tensors: Iterator[Tensor]) -> Iterator[Tensor]:
+        while True:
+            with self.stopwatch.during(READING):
+                tensor = next(tensors, None)
+            if tensor is None:
+                return
             yield tensor
             del tensor
 
@@ -137,14 +149,6 @@ class WeightReader:
         if following is not None:  # what is made of several tensors is not stored under its name
             tensors = [stored[name] for name in parts_of(following) if name in stored]
             Thread(target=_announce, args=(tensors,), name=ANNOUNCING, daemon=True).start()
-
-    def _tensor(self, name: str) -> Tensor:
-        """A tensor of the model: the checkpoint's of that name in its own precision, or made of several in float32."""
-        source = weight_source(name)
-        return self.checkpoint.tensor(name) if source is None else source.read(self._stored)
-
-    def _stored(self, name: str) -> Tensor:
-        return self.checkpoint.tensor(name).to(torch.float32)
 
     def _quantized(self, source: str, form: Quantization) -> QuantizedMatrix:
         """As a calibration left it, where there was one; else rounded here, each block for itself."""

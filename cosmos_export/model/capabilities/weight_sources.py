@@ -23,10 +23,14 @@ PROCEDURAL, SEMANTIC = "memory_system.procedural_memory.", "memory_system.semant
 
 @dataclass(frozen=True)
 class WeightSource:
-    """The checkpoint tensors that a tensor of the model is made of, and how: `combine(*tensors)`."""
+    """The checkpoint tensors that a tensor of the model is made of, and how: `combine(*tensors)`.
+
+    `axis` is that along which matrices are stacked and no more than that; None where `combine` does something else.
+    """
 
     names: tuple[str, ...]
     combine: Callable[..., Tensor]
+    axis: int | None = None
 
     def read(self, tensor: Callable[[str], Tensor]) -> Tensor:
         """The model's tensor; `tensor` reads one of the checkpoint's by its name."""
@@ -37,7 +41,8 @@ def weight_source(name: str) -> WeightSource | None:
     """What the model's tensor of this full name is made of; None where the checkpoint has it under that very name."""
     if name.startswith(PROCEDURAL) and (local := name.removeprefix(PROCEDURAL)) in STACKED_SKILLS:
         stacked = STACKED_SKILLS[local]
-        return WeightSource(tuple(PROCEDURAL + part for part in stacked.names), stacked.combine)
+        axis = stacked.axis if stacked.part.endswith(".weight") else None
+        return WeightSource(tuple(PROCEDURAL + part for part in stacked.names), stacked.combine, axis)
     if name.startswith(SEMANTIC) and (local := name.removeprefix(SEMANTIC)) in DERIVED_CONCEPTS:
         derived = DERIVED_CONCEPTS[local]
         return WeightSource(tuple(SEMANTIC + part for part in derived.names), derived.combine)
