@@ -54,7 +54,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     for at, (label, name) in enumerate(COLUMNS.items()):
         heights = [r["engines"].get(name, {}).get("tokens_per_second", 0) / r["batch"] for r in shown]
         axes.bar([x + at * width for x in range(len(shown))], heights, width, label=label)
-    names = [f"{r['model']}\nbatch {r['batch']}, prompt {r['prompt']:,}" for r in shown]
+    names = [f"{r['model']}\nbatch {r['batch']}\nprompt {r['prompt']:,}" for r in shown]
     axes.set_xticks([x + 1.5 * width for x in range(len(shown))], names, fontsize=7)
     axes.set_ylabel("tokens a second, each row")
     axes.set_title(f"Decoding on one {document['device']}")
