@@ -36,5 +36,7 @@ class ExportGroup(click.Group):
 
 def fail(message: str) -> NoReturn:
     """Prints one error line and ends the program."""
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    from cosmos_runtime import shown
+
+    click.echo(f"error: {shown(' '.join(message.split()))}", err=True)
     sys.exit(EXIT_ERROR)

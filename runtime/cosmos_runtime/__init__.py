@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         Role,
         TensorSpec,
     )
-    from cosmos_runtime.quoting import quoted
+    from cosmos_runtime.quoting import quoted, shown
     from cosmos_runtime.sampling import Sampling, sample
     from cosmos_runtime.scores import (
         BLOCKING_LEVELS,
@@ -143,6 +143,7 @@ __all__ = [
     "score",
     "score_specs",
     "session_on",
+    "shown",
     "sign_bundle",
     "strict_json",
 ]
@@ -181,7 +182,7 @@ _PUBLIC_NAMES = {
         "Role",
         "TensorSpec",
     ),
-    "quoting": ("quoted",),
+    "quoting": ("quoted", "shown"),
     "sampling": ("Sampling", "sample"),
     "scores": (
         "BLOCKING_LEVELS",

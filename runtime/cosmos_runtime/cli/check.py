@@ -1,6 +1,5 @@
 """`cosmos-run check`: whether every byte of a bundle is as it was exported, and signed."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,11 +37,12 @@ def check_command(bundle: Path, key: Path | None, as_json: bool) -> None:
       cosmos-run check bundles/demo --key public.pem      # signed with: cosmos-export sign
     """
     from cosmos_runtime.checking import check_bundle
+    from cosmos_runtime.quoting import json_text
 
     with _shown_progress(quiet=as_json) as progress:
         checked = check_bundle(bundle, key=key, progress=progress)
     if as_json:
-        click.echo(json.dumps(_report(checked, key), indent=2, ensure_ascii=False))
+        click.echo(json_text(_report(checked, key), indent=2))
     else:
         _print(checked, key)
     if not checked.good:
@@ -51,11 +51,12 @@ def check_command(bundle: Path, key: Path | None, as_json: bool) -> None:
 
 def _print(checked: "CheckedBundle", key: Path | None) -> None:
     from cosmos_runtime.bundle import CURE
+    from cosmos_runtime.quoting import shown
 
     for finding in checked.findings:
-        click.echo(f"{finding.file}: {' '.join(finding.problem.split())}")
+        click.echo(shown(f"{finding.file}: {' '.join(finding.problem.split())}"))
     for note in checked.notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(shown(f"note: {note}"), err=True)
     if checked.good:
         signature = "no signature was asked for (--key)" if key is None else f"signed by the owner of {key}"
         click.echo(f"{checked.path}: good: {checked.files} files, {checked.size:,} bytes; {signature}")

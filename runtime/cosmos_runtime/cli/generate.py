@@ -1,6 +1,6 @@
 """`cosmos-run generate`: continue a prompt."""
 
-import json
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,6 +98,7 @@ def new_generate_command(open_session: OpenSession, documentation: str) -> click
         from cosmos_runtime.cli.diagnostics import diagnostics_summary
         from cosmos_runtime.defaults import default_stop_ids
         from cosmos_runtime.generation import generate_text
+        from cosmos_runtime.quoting import json_text, shown
 
         start = time.perf_counter()
         session = open_session(bundle, provider=provider, threads=threads, diagnostics=diagnostics)
@@ -116,11 +117,11 @@ def new_generate_command(open_session: OpenSession, documentation: str) -> click
         timings = _stream(answer, echo=None if as_json else text)
         timings.load_s = loaded - start
         if as_json:
-            click.echo(json.dumps(_report(text, answer, timings, diagnostics), ensure_ascii=False))
+            click.echo(json_text(_report(text, answer, timings, diagnostics)))
         else:
             click.echo(_summary(answer, timings), err=True)
             if diagnostics:
-                click.echo("\n".join(diagnostics_summary(answer.diagnostics)), err=True)
+                click.echo("\n".join(map(shown, diagnostics_summary(answer.diagnostics))), err=True)
 
     return command
 
@@ -171,15 +172,21 @@ def _sampling(manifest: "Manifest", seed: int | None, greedy: bool, overrides: d
 
 
 def _stream(answer: "TextGeneration", echo: str | None) -> _Timings:
-    """Run to the end; print prompt and pieces as they come unless `echo` is None."""
+    """Run to the end; print prompt and pieces as they come unless `echo` is None.
+
+    A terminal gets no control characters, which a model may have learned to write; a pipe or a file gets the text.
+    """
+    from cosmos_runtime.quoting import shown_text
+
     timings = _Timings()
+    printable = shown_text if sys.stdout.isatty() else str
     if echo is not None:
-        click.echo(echo, nl=False)
+        click.echo(printable(echo), nl=False)
     start = time.perf_counter()
     for piece in answer:
         timings.first_piece_s = timings.first_piece_s or time.perf_counter() - start
         if echo is not None:
-            click.echo(piece, nl=False)
+            click.echo(printable(piece), nl=False)
     timings.total_s = time.perf_counter() - start
     if echo is not None:
         click.echo()

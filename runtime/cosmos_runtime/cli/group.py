@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from cosmos_runtime.errors import CosmosRuntimeError
+from cosmos_runtime.quoting import shown
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -18,7 +19,7 @@ class RuntimeGroup(click.Group):
         try:
             return super().invoke(ctx)
         except CosmosRuntimeError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            click.echo(f"error: {shown(' '.join(str(error).split()))}", err=True)
             ctx.exit(EXIT_ERROR)
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)

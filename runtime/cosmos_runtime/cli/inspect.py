@@ -27,15 +27,16 @@ def inspect_command(bundle: Path, check: bool, as_json: bool) -> None:
       cosmos-run inspect bundles/demo --check --json
     """
     from cosmos_runtime.bundle import Bundle
+    from cosmos_runtime.quoting import json_text, shown
 
     opened = Bundle.open(bundle)
     if check:
         opened.check_hashes()
     if as_json:
         document = json.loads(opened.manifest.to_json())
-        click.echo(json.dumps({**document, "hashes_checked": check}, indent=2, ensure_ascii=False))
+        click.echo(json_text({**document, "hashes_checked": check}, indent=2))
     else:
-        click.echo("\n".join(_summary(opened.manifest, check)))
+        click.echo("\n".join(map(shown, _summary(opened.manifest, check))))
 
 
 def _summary(manifest: "Manifest", checked: bool) -> Iterator[str]:

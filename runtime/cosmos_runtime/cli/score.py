@@ -1,6 +1,5 @@
 """`cosmos-run score`: how likely the model finds a text."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +36,14 @@ def score_command(
         raise click.UsageError("--text and --file both name what to score: give one of them.")
     given = read_file(file) if file is not None else read_text(text, "--text")
 
+    from cosmos_runtime.quoting import json_text
     from cosmos_runtime.scoring import score
     from cosmos_runtime.session import load
 
     session = load(bundle, provider=provider, threads=threads)
     result = score(session, given)
     if as_json:
-        click.echo(json.dumps(_report(result, session.tokenizer), ensure_ascii=False))
+        click.echo(json_text(_report(result, session.tokenizer)))
     else:
         click.echo(
             f"{len(result.ids)} tokens, log-probability {result.total:.4f}, "
