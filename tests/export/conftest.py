@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from torch import Tensor
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
@@ -63,6 +64,21 @@ def wide_checkpoint(make_config: Callable[..., CosmosAdvancedConfig]) -> Checkpo
     checkpoint = random_checkpoint(make_config(dim=64, hidden_dim=80), name="wide")
     tensors = {n: checkpoint.tensor(n) * (5 if checkpoint.tensor(n).dim() > 1 else 1) for n in checkpoint.names}
     return Checkpoint.from_tensors(checkpoint.config, tensors, {"kind": "preset", "location": "wide"})
+
+
+@pytest.fixture
+def state(tiny_checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tiny checkpoint's tensors: the test's own copies."""
+    return {name: tiny_checkpoint.tensor(name).clone() for name in tiny_checkpoint.names}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_config: CosmosAdvancedConfig) -> Path:
+    """A checkpoint folder of the tiny geometry that still lacks its weights."""
+    place = tmp_path / "checkpoint"
+    place.mkdir()
+    tiny_config.save(place / "config.json")
+    return place
 
 
 @pytest.fixture(scope="session")

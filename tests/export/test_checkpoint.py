@@ -28,18 +28,6 @@ FP32 = ExportRecipe.load("fp32")
 State = dict[str, Tensor]
 
 
-@pytest.fixture
-def state(tiny_checkpoint: Checkpoint) -> State:
-    return {name: tiny_checkpoint.tensor(name).clone() for name in tiny_checkpoint.names}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, tiny_config: CosmosAdvancedConfig) -> Path:
-    """A checkpoint folder that still lacks its weights."""
-    tiny_config.save(tmp_path / "config.json")
-    return tmp_path
-
-
 def write_pickle(folder: Path, state: Any) -> None:
     torch.save(state, folder / "pytorch_model.bin")
 

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.config import CosmosAdvancedConfig
 from cosmos_export.errors import CheckpointError
 from cosmos_export.onnx.weights import require_weights
 from cosmos_export.parity.verify import Effort
@@ -25,20 +24,6 @@ from cosmos_export.weight_files import stored_tensors
 NORM, W2 = "norm.weight", "layers.0.feed_forward.w2.weight"
 
 State = dict[str, Tensor]
-
-
-@pytest.fixture
-def state(tiny_checkpoint: Checkpoint) -> State:
-    return {name: tiny_checkpoint.tensor(name).clone() for name in tiny_checkpoint.names}
-
-
-@pytest.fixture
-def folder(tmp_path: Path, tiny_config: CosmosAdvancedConfig) -> Path:
-    """A checkpoint folder that still lacks its weights."""
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    tiny_config.save(folder / "config.json")
-    return folder
 
 
 def write_pickle(folder: Path, state: Any) -> Path:
