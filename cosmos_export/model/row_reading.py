@@ -32,6 +32,8 @@ class RowReader:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
+        if self._source is None:
+            return self._checkpoint.stored[self._name].shape
         if self._axis is None:
             return tuple(self.whole.shape)
         rows, columns = self._parts[0].shape
@@ -39,9 +41,9 @@ class RowReader:
         return (rows * count, columns) if self._axis == 0 else (rows, columns * count)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What rows come in."""
-        return self.rows(0, 1).dtype
+    def is_stacked(self) -> bool:
+        """Whether it is many of the checkpoint's matrices."""
+        return self._axis is not None
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start .. stop - 1, in the checkpoint's precision where that has them."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.capabilities import MemoryState, entries_read
 from cosmos_export.model.capabilities.fusion import vectors_at
+from cosmos_export.model.capabilities.working_memory import WorkingMemory
 from cosmos_export.model.cosmos import CosmosAdvancedModel
 from cosmos_export.model.loading import load_model
 from cosmos_export.onnx.weights import WeightReader
@@ -157,21 +158,24 @@ def _first_state(model: CosmosAdvancedModel, sequence: CallSequence) -> MemorySt
 def _watched_memory(model: CosmosAdvancedModel) -> Iterator[list[Choice]]:
     """Within it, what the working memory chooses from is noted."""
     chosen: list[Choice] = []
-    read = entries_read(model.config.memory.working_memory_size)
-    if "memory" not in model.capabilities or not read:
+    if "memory" not in model.capabilities or not entries_read(model.config.memory.working_memory_size):
         yield chosen
         return
     memory = model.memory_system.working_memory
 
     def note(module: nn.Module, inputs: tuple[Tensor, MemoryState], output: object) -> None:
-        x, state = inputs
-        query = F.normalize(memory.query_proj(x).double(), dim=-1)
-        similarities = (state.keys.double() @ query[..., None]).squeeze(-1)
-        filled = torch.arange(state.keys.shape[1]) < state.calls[:, None]
-        chosen.append(Choice(torch.where(filled, similarities, float("-inf")).numpy(), read))
+        chosen.append(choice_of(memory, *inputs))
 
     handle = memory.register_forward_hook(note)
     try:
         yield chosen
     finally:
         handle.remove()
+
+
+def choice_of(memory: WorkingMemory, x: Tensor, state: MemoryState) -> Choice:
+    """What a working memory chooses from for x (B, D)."""
+    query = F.normalize(memory.query_proj(x).double(), dim=-1)
+    similarities = (state.keys.double() @ query[..., None]).squeeze(-1)
+    filled = torch.arange(state.keys.shape[1]) < state.calls[:, None]
+    return Choice(torch.where(filled, similarities, float("-inf")).numpy(), memory.entries_read)

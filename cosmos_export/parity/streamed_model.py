@@ -8,7 +8,7 @@ bfloat16 of a bfloat16 checkpoint) and become float64 a few rows at a time, insi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from cosmos_export.model.attention import grouped_query_attention
 from cosmos_export.model.backbone import DecoderLayer, RMSNorm
 from cosmos_export.model.loading import skeleton
 from cosmos_export.model.rope import rotary_tables, rotate
+from cosmos_export.model.row_reading import RowReader
 from cosmos_export.onnx.quantize import Quantization, QuantizedMatrix, dequantize, quantize, stack_rows
 from cosmos_export.onnx.slices import FINAL_NORM
 from cosmos_export.parity.layer_cases import LayerCase
@@ -48,6 +49,24 @@ class StoredRows:
         return self._matrix[ids].to(torch.float32)
 
 
+class StackedRows:
+    """A matrix (N, C) that is read from where it lies, some rows at a time, and rounded to a type that is computed
+    with."""
+
+    def __init__(self, matrix: RowReader, dtype: torch.dtype) -> None:
+        self._matrix, self._dtype = matrix, dtype
+        self.shape = torch.Size(matrix.shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start .. stop - 1 as float32."""
+        stop = min(stop, self.shape[0])
+        return self._matrix.rows(start, stop).to(torch.float32).to(self._dtype).to(torch.float32)
+
+    def chosen(self, ids: Tensor) -> Tensor:
+        """Rows of these numbers (N,) as float32."""
+        return torch.cat([self.rows(row, row + 1) for row in ids.tolist()])
+
+
 class QuantizedRows:
     """A matrix (N, C) as its levels and scales."""
 
@@ -71,7 +90,7 @@ class QuantizedRows:
         return dequantize(part, self._columns, self._form)
 
 
-Matrix = StoredRows | QuantizedRows
+Matrix = StoredRows | StackedRows | QuantizedRows
 
 
 def product(x: Tensor, matrix: Matrix) -> Tensor:
@@ -82,9 +101,11 @@ def product(x: Tensor, matrix: Matrix) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def quantize_in_parts(matrix: Tensor, form: Quantization) -> QuantizedMatrix:
-    """As `quantize`, some rows at a time: what the search for scales holds is many times a row's size."""
-    return stack_rows([quantize(part, form) for part in matrix.split(max(1, _AT_ONCE // matrix.shape[1]))])
+def quantize_in_parts(matrices: Iterable[Tensor], form: Quantization) -> QuantizedMatrix:
+    """Matrices (N, C) one above the other as `quantize` has them, some rows at a time: what the search for scales holds
+    is many times a row's size."""
+    parts = (part for matrix in matrices for part in matrix.split(max(1, _AT_ONCE // matrix.shape[1])))
+    return stack_rows([quantize(part.to(torch.float32), form) for part in parts])
 
 
 class StreamedWeights:
@@ -105,7 +126,7 @@ class StreamedWeights:
         for name in names:
             form = self.recipe.form_of(name)
             if form is not None and name not in made:
-                made[name] = quantize_in_parts(self.checkpoint.tensor(name).to(torch.float32), form)
+                made[name] = quantize_in_parts(RowReader(self.checkpoint, name).matrices(_AT_ONCE), form)
         return replace(self.checkpoint, calibrated=made)
 
     def computed(self, names: Sequence[str], quantised: Checkpoint) -> dict[str, Matrix]:
@@ -114,16 +135,23 @@ class StreamedWeights:
 
     def original(self, names: Sequence[str]) -> dict[str, Matrix]:
         """These tensors before any rounding."""
-        return {name: StoredRows(_as_rows(self.checkpoint.tensor(name))) for name in names}
+        return {name: _stored(RowReader(self.checkpoint, name), torch.float32) for name in names}
 
     def _computed(self, name: str, quantised: Checkpoint) -> Matrix:
-        form = self.recipe.form_of(name)
+        form, reader = self.recipe.form_of(name), RowReader(self.checkpoint, name)
         if form is None:
-            tensor = self.checkpoint.tensor(name)
-            return StoredRows(_as_rows(_smallest(tensor.to(torch.float32).to(self._dtype), tensor.dtype)))
+            return _stored(reader, self._dtype)
         matrix = quantised.calibrated[name]
         rounded = replace(matrix, scales=matrix.scales.to(self._dtype).to(torch.float32))
-        return QuantizedRows(rounded, quantised.stored[name].shape[1], form)
+        return QuantizedRows(rounded, reader.shape[1], form)
+
+
+def _stored(reader: RowReader, dtype: torch.dtype) -> Matrix:
+    """A tensor rounded to `dtype`; a vector is a matrix of one row."""
+    if reader.is_stacked:
+        return StackedRows(reader, dtype)
+    tensor = reader.whole
+    return StoredRows(_as_rows(_smallest(tensor.to(torch.float32).to(dtype), tensor.dtype)))
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -199,8 +227,18 @@ class StreamedModel:
     ) -> list[Tensor]:
         """Logits (B, T, V) of the lanes' hidden states after the last layer."""
         x = torch.cat([normed.flatten(0, 1) for normed in self.normed(weights, lanes, dtype)])
+        return apart(self.projected(weights, x, round_input), lanes)
+
+    @torch.inference_mode()
+    def projected(
+        self,
+        weights: Mapping[str, Matrix],
+        x: Tensor,
+        round_input: Callable[[str], Rounding | None] = lambda _: None,
+    ) -> Tensor:
+        """Logits (N, V) of normed hidden states x (N, D), in the type of x."""
         rounding = round_input(EMBEDDING)
-        return apart(product(x if rounding is None else rounding(x), weights[EMBEDDING]), lanes)
+        return product(x if rounding is None else rounding(x), weights[EMBEDDING])
 
     def attend(self, layer: int, lanes: Sequence[Lane], dtype: torch.dtype) -> AttendLanes:
         """What attends in a layer for these lanes."""
@@ -218,7 +256,7 @@ class StreamedModel:
         for name, part in list(module.named_modules()):
             of = f"layers.{layer}.{name}.weight"
             if isinstance(part, nn.Linear):
-                module.set_submodule(name, _Product(weights[of], round_input(of)))
+                module.set_submodule(name, Product(weights[of], round_input(of)))
             elif isinstance(part, RMSNorm):
                 module.set_submodule(name, _norm(self.config, weights[of], dtype))
         return module
@@ -274,15 +312,17 @@ class AttendLanes:
         return grouped_query_attention(query, key, value, allowed).flatten(-2)
 
 
-class _Product(nn.Module):
-    """A projection whose matrix is expanded while it multiplies; its input is rounded where kernels round it."""
+class Product(nn.Module):
+    """A linear layer whose matrix is expanded while it multiplies; its input is rounded where kernels round it."""
 
-    def __init__(self, matrix: Matrix, rounding: Rounding | None) -> None:
+    def __init__(self, matrix: Matrix, rounding: Rounding | None, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.matrix, self.rounding = matrix, rounding
+        self.matrix, self.rounding, self.bias = matrix, rounding, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x if self.rounding is None else self.rounding(x), self.matrix)
+        """(..., C) to (..., N)."""
+        y = product(x if self.rounding is None else self.rounding(x), self.matrix)
+        return y if self.bias is None else y + self.bias
 
 
 def _norm(config: CosmosAdvancedConfig, weight: Matrix, dtype: torch.dtype) -> RMSNorm:
