@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from cosmos_export.model.loading import random_checkpoint
 from cosmos_export.onnx.quantize import Quantization
 from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.recipe import ExportRecipe
+
+from .head_bundles import exported_once, heads_checkpoint, heads_config
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,6 +60,20 @@ def small_decoder(small_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPat
     """The same model with a key/value cache, in float32."""
     out = tmp_path_factory.mktemp("bundles") / "decoder"
     return export_bundle(small_checkpoint, out, ExportRecipe.load("cpu-fp32"))
+
+
+@pytest.fixture(scope="session")
+def lively_checkpoint() -> Checkpoint:
+    """A small model with all capability heads, whose scores spread; see `head_bundles`."""
+    return heads_checkpoint(heads_config())
+
+
+@pytest.fixture(scope="session")
+def lively_bundle(
+    lively_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], ExportedBundle]:
+    """Its bundle by a recipe, exported when it is first asked for and not proven; shared, so read only."""
+    return exported_once(lively_checkpoint, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

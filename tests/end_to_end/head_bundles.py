@@ -1,9 +1,11 @@
 """Small models with capability heads, and bundles of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.config import CosmosAdvancedConfig
@@ -16,7 +18,7 @@ from cosmos_runtime import CAPABILITIES
 # Tests are no package, so that a folder beside this one has no absolute name.
 from ..export.capability_models import lively_model, same_report, small_config  # noqa: TID252
 
-__all__ = ["export_heads", "heads_checkpoint", "heads_config", "quantised", "same_report"]
+__all__ = ["export_heads", "exported_once", "heads_checkpoint", "heads_config", "quantised", "same_report"]
 
 # Less than the tests make calls, and more than a call reads: the memory's ring comes round.
 MEMORY_SIZE = 7
@@ -50,6 +52,18 @@ def export_heads(
 ) -> ExportedBundle:
     chosen = ExportRecipe.load(recipe) if isinstance(recipe, str) else recipe
     return export_bundle(checkpoint, out, chosen, capabilities=capabilities, effort=effort, **options)
+
+
+def exported_once(checkpoint: Checkpoint, folders: pytest.TempPathFactory) -> Callable[[str], ExportedBundle]:
+    """The bundle of a recipe, with all capabilities: exported at the first call, not proven."""
+    made: dict[str, ExportedBundle] = {}
+
+    def export(recipe: str) -> ExportedBundle:
+        if recipe not in made:
+            made[recipe] = export_heads(checkpoint, folders.mktemp("heads") / recipe, recipe)
+        return made[recipe]
+
+    return export
 
 
 def quantised(bits: int, **changes: Any) -> ExportRecipe:

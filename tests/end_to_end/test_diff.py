@@ -35,7 +35,6 @@ from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import Bundle
 
-from .head_bundles import export_heads, heads_checkpoint, heads_config
 from .mutants import attribute_of, nodes_of, with_graph_fault, with_tensor_fault
 
 NORM, PROJECTIONS, ATTENTION = "norm before attention", "q, k, v projections", "rotary and attention"
@@ -389,9 +388,8 @@ def test_a_setting_that_leaves_the_model_fails(exported, checkpoint, monkeypatch
 # Bundles of other kinds, and the command
 
 
-def test_the_backbone_under_capability_heads_is_compared(tmp_path):
-    checkpoint = heads_checkpoint(heads_config())
-    bundle = export_heads(checkpoint, tmp_path / "heads", "cpu-fp32")
+def test_the_backbone_under_capability_heads_is_compared(lively_checkpoint, lively_bundle, tmp_path):
+    checkpoint, bundle = lively_checkpoint, lively_bundle("cpu-fp32")
     assert diff(bundle.path, checkpoint).report.equal
     change = _in_layer(_GQA, 1, _set("scale", "f", lambda x: x * 1.001))
     found = diff(with_graph_fault(bundle, tmp_path, change), checkpoint)

@@ -1,6 +1,7 @@
 """Bundles with capability heads: every set, mode and level is proven, and the runtime does what the model does."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from cosmos_export.parity.verify import Effort
 from cosmos_export.pipeline import ExportedBundle
 from cosmos_runtime import CAPABILITIES, InputError, Session, generate, generate_batch, load, new_decoder, score
 
-from .head_bundles import MEMORY_SIZE, export_heads, heads_checkpoint, heads_config, quantised, same_report
+from .head_bundles import (
+    MEMORY_SIZE,
+    export_heads,
+    exported_once,
+    heads_checkpoint,
+    heads_config,
+    quantised,
+    same_report,
+)
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 3]]
 MODES = ["chain_of_thought", "tree_of_thoughts", "self_consistency", "reflexion", "analogical"]
@@ -58,8 +67,8 @@ def test_every_set_of_capabilities_is_proven(number: int, tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def checkpoint() -> Checkpoint:
-    return heads_checkpoint(heads_config())
+def checkpoint(lively_checkpoint: Checkpoint) -> Checkpoint:
+    return lively_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +86,21 @@ def blocking_checkpoint() -> Checkpoint:
     return Checkpoint.from_tensors(config, tensors, {"kind": "preset", "location": "quieter"})
 
 
+@pytest.fixture(scope="module")
+def blocking_bundle(
+    blocking_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], ExportedBundle]:
+    return exported_once(blocking_checkpoint, tmp_path_factory)
+
+
 @pytest.fixture(scope="module", params=["cpu-fp32", "portable-fp32", "fp32"])
-def session(
-    request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
-) -> Session:
-    bundle = export_heads(checkpoint, tmp_path_factory.mktemp("heads") / request.param, request.param)
-    return load(bundle.path, threads=1)
+def session(request: pytest.FixtureRequest, lively_bundle: Callable[[str], ExportedBundle]) -> Session:
+    return load(lively_bundle(request.param).path, threads=1)
 
 
 @pytest.fixture(scope="module", params=["cpu-fp32", "fp32"])
-def blocking(
-    request: pytest.FixtureRequest, blocking_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
-) -> Session:
-    bundle = export_heads(blocking_checkpoint, tmp_path_factory.mktemp("blocking") / request.param, request.param)
-    return load(bundle.path, threads=1)
+def blocking(request: pytest.FixtureRequest, blocking_bundle: Callable[[str], ExportedBundle]) -> Session:
+    return load(blocking_bundle(request.param).path, threads=1)
 
 
 def test_generation_is_the_eager_models(session: Session, checkpoint: Checkpoint) -> None:
@@ -220,9 +230,13 @@ def sources(bundle: ExportedBundle) -> list[str]:
 
 
 @pytest.mark.parametrize("recipe", ["cpu-fp32", "cpu-int4"])
-def test_a_bundle_holds_what_a_pass_reads_and_nothing_else(recipe: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    chosen = recipe if recipe == "cpu-fp32" else quantised(4)
-    bundle = export_heads(checkpoint, tmp_path / "bundle", chosen)
+def test_a_bundle_holds_what_a_pass_reads_and_nothing_else(
+    recipe: str, checkpoint: Checkpoint, lively_bundle: Callable[[str], ExportedBundle], tmp_path: Path
+) -> None:
+    if recipe == "cpu-fp32":
+        bundle = lively_bundle(recipe)
+    else:
+        bundle = export_heads(checkpoint, tmp_path / "bundle", quantised(4))
     known = tensors_read(checkpoint.config, CAPABILITIES)
     held = [name for name in sources(bundle) if name.split(".")[0] != "model" and not name.endswith("/sizes")]
     assert [name for name in held if name in known] == sorted(known), "each once"
@@ -230,8 +244,8 @@ def test_a_bundle_holds_what_a_pass_reads_and_nothing_else(recipe: str, checkpoi
     assert not any("tree" in name or ".tot." in name or "concept_embeddings" in name for name in held)
 
 
-def test_the_portable_graph_is_standard_onnx(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    bundle = export_heads(checkpoint, tmp_path / "bundle", "portable-fp32")
+def test_the_portable_graph_is_standard_onnx(lively_bundle: Callable[[str], ExportedBundle]) -> None:
+    bundle = lively_bundle("portable-fp32")
     onnx.checker.check_model(bundle.path / "model.onnx", full_check=True)
     model = onnx.load(bundle.path / "model.onnx")
     assert {node.domain for node in model.graph.node} == {""}
@@ -312,10 +326,9 @@ def test_without_a_causal_mask_whole_sequences_are_proven(checkpoint: Checkpoint
     assert bundle.report.passed
 
 
-def test_without_diagnostics_the_answer_is_the_same(blocking_checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_without_diagnostics_the_answer_is_the_same(blocking_bundle: Callable[[str], ExportedBundle]) -> None:
     """What only a report reads is left out; what an answer depends on, a blocked row above all, is not."""
-    bundle = export_heads(blocking_checkpoint, tmp_path / "bundle", effort=Effort.OFF)
-    session, blocked = load(bundle.path, threads=1), []
+    session, blocked = load(blocking_bundle("cpu-fp32").path, threads=1), []
     for first in range(12):
         told, untold = (new_decoder(session, 12, diagnostics=wanted) for wanted in (True, False))
         np.testing.assert_array_equal(told.prefill(np.array([first, 2, 3])), untold.prefill(np.array([first, 2, 3])))
@@ -333,9 +346,8 @@ def test_without_diagnostics_the_answer_is_the_same(blocking_checkpoint: Checkpo
     assert 0 < sum(blocked) < len(blocked)
 
 
-def test_generations_say_whether_they_want_diagnostics(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    bundle = export_heads(checkpoint, tmp_path / "bundle", effort=Effort.OFF)
-    session = load(bundle.path, threads=1)
+def test_generations_say_whether_they_want_diagnostics(lively_bundle: Callable[[str], ExportedBundle]) -> None:
+    session = load(lively_bundle("cpu-fp32").path, threads=1)
     plain = generate_batch(session, PROMPTS, max_new_tokens=4)
     told = generate_batch(session, PROMPTS, max_new_tokens=4, diagnostics=True)
     assert plain.run() == told.run()
