@@ -6,7 +6,6 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready-$(ORT)
 RUN := $(VENV)/bin/
-PARITY := build/parity
 comma := ,
 
 .PHONY: help setup demo test fuzz verify-parity lint format bench bench-cuda soak clean
@@ -30,27 +29,18 @@ demo: $(READY) ## Export the demo model, prove it, and print text with it
 	$(RUN)cosmos-export onnx --out bundles/demo --overwrite
 	$(RUN)cosmos-run generate bundles/demo --prompt "ROMEO:" --seed 1 --max-new-tokens 200
 
-test: $(READY) ## Run the tests
-	$(RUN)python -m pytest
+# A file's tests stay together, as they share what is exported for them; files go in order, the long ones first. Each
+# process has a processor of its own (tests/conftest.py). For one after another: make test PYTEST=
+PYTEST ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: $(READY) ## Run the tests, as many at a time as there are processors, four at most
+	OMP_NUM_THREADS=1 $(RUN)python -m pytest $(PYTEST)
 
 MINUTES ?= 10
 fuzz: $(READY) ## Alter bundles and checkpoints for MINUTES, and see that errors are typed; findings in build/fuzz
 	OMP_NUM_THREADS=1 $(RUN)python -m tests.fuzz --minutes $(MINUTES)
 
-# Each is MODEL/RECIPE: every recipe for CPUs on the trained model, the default one on the geometries of the other
-# presets. MODEL/RECIPE/heads has all capabilities. A recipe's name begins with its format, unless that is ONNX.
-DEMO_RECIPES := fp32 cpu-fp32 cpu-fp16 cpu-int8 cpu-int4 cpu-int4-quick portable-fp32 cpu-fp32/heads cpu-int8/heads \
-  cpu-int4/heads cpu-int4-quick/heads torchscript-fp32 torchscript-int8 torchscript-fp32/heads pt2-fp32
-PROVEN := $(addprefix demo/,$(DEMO_RECIPES)) beginner/cpu-fp32 beginner/fp32/heads advanced-reduced/cpu-fp32
-
 verify-parity: $(READY) ## Export and prove the demo, beginner and reduced advanced models; reports in build/parity
-	@mkdir -p $(PARITY)
-	@for it in $(PROVEN); do model=$${it%%/*}; recipe=$${it#*/}; recipe=$${recipe%/heads}; \
-	  source=$$(test $$model = demo || echo --preset $$model); bundle=$(PARITY)/$$(echo $$it | tr / -); heads=; \
-	  case $$it in */heads) heads="--capabilities reasoning,memory,safety,evaluation";; esac; \
-	  case $$recipe in torchscript-*) format=torchscript;; pt2-*) format=pt2;; *) format=onnx;; esac; \
-	  $(RUN)cosmos-export $$format $$source --recipe $$recipe $$heads --verify off --overwrite --out $$bundle && \
-	  $(RUN)cosmos-export verify $$bundle --json $$bundle.json || exit 1; done
+	$(RUN)python -m tests.verify_parity
 
 lint: $(READY) ## ruff (lint and format) and mypy
 	$(RUN)ruff check .
