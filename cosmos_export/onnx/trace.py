@@ -1,11 +1,13 @@
 """The eager model becomes an ONNX graph: torch.export, then torch.onnx's dynamo translation, then constant folding.
 
-The model is traced as a skeleton (meta device): the graph's weights are names and shapes until they are written, so a
-trace takes the same seconds and the same memory whatever the model's size.
+The model is traced as a skeleton (meta device): the graph's weights are names and shapes until they are written. Of
+its layers one is traced, and copied for the others (`repeat_layers`). So a trace takes the same seconds and the same
+memory whatever the model's size.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -19,6 +21,7 @@ from cosmos_export.model.backbone import CosmosBackbone
 from cosmos_export.model.loading import model_skeleton, skeleton
 from cosmos_export.onnx.axes import dynamic_axes, dynamic_shape, traced_shape
 from cosmos_export.onnx.head_programs import program_of
+from cosmos_export.onnx.repeat_layers import LayerNotFoundError, first_layer, repeat_layer, spec_of_first_layer
 from cosmos_export.onnx.signature import DEFAULT_INPUTS
 from cosmos_export.quiet import quiet
 from cosmos_runtime import GraphSpec
@@ -36,6 +39,20 @@ def trace(model: CosmosBackbone, graph: str, spec: GraphSpec, *, fused_attention
     Initializers are left without values; `cosmos_export.onnx.weights` gives them theirs.
     Raises ExportError when the model cannot be traced with its axes dynamic.
     """
+    layers = model.config.n_layers
+    if layers == 1:
+        return trace_whole(model, graph, spec, fused_attention=fused_attention)
+    traced = trace_whole(first_layer(model), graph, spec_of_first_layer(spec), fused_attention=fused_attention)
+    try:
+        repeat_layer(traced, spec, layers)
+    except LayerNotFoundError as error:
+        warnings.warn(f"all {layers} layers are traced, which takes longer: {error}", stacklevel=2)
+        return trace_whole(model, graph, spec, fused_attention=fused_attention)
+    return traced
+
+
+def trace_whole(model: CosmosBackbone, graph: str, spec: GraphSpec, *, fused_attention: bool = False) -> ir.Model:
+    """What `trace` gives, with every layer traced."""
     program = _export(program_of(model, graph, spec, "fused" if fused_attention else "standard"), spec, model.config)
     with quiet(*_TALKERS):
         onnx_program = torch.onnx.export(
