@@ -31,8 +31,8 @@ def print_diff(report: DiffReport) -> None:
         out.print(problem, style="red", markup=False)
     if report.settings:
         _print_settings(out, report)
-    if report.heads_left_out:
-        out.print("capability heads are left out here; `cosmos-export verify` compares them")
+    if report.heads_chained:
+        out.print("capability heads, behind the final norm: in the graph stands for their pieces chained")
 
 
 def _print_pieces(out: Console, report: DiffReport, arithmetic: Arithmetic) -> None:

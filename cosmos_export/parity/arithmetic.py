@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import torch
 
 from cosmos_export.folders import PARITY_SCRATCH, claimed_folder, clear_abandoned
 from cosmos_export.onnx.quantize import FLOAT32_ACTIVATIONS, INT8_ACTIVATIONS
@@ -31,6 +32,17 @@ def arithmetic_of(recipe: ExportRecipe) -> Arithmetic:
     if any(form is not None and form.accuracy_level == INT8_ACTIVATIONS for form in forms):
         return Arithmetic.INT8_ACTIVATIONS
     return Arithmetic(recipe.activations)
+
+
+def arithmetics_of(recipe: ExportRecipe) -> list[Arithmetic]:
+    """What a bundle is compared in: its own arithmetic, and before it the tighter one where there is."""
+    arithmetic = arithmetic_of(recipe)
+    return [Arithmetic.FLOAT32, arithmetic] if arithmetic is Arithmetic.INT8_ACTIVATIONS else [arithmetic]
+
+
+def torch_type(arithmetic: Arithmetic) -> torch.dtype:
+    """What the eager model computes with in this arithmetic."""
+    return {Arithmetic.FLOAT16: torch.float16, Arithmetic.BFLOAT16: torch.bfloat16}.get(arithmetic, torch.float32)
 
 
 @contextlib.contextmanager
@@ -74,3 +86,13 @@ def compute_in_float32(graph: onnx.GraphProto) -> None:
                 attribute.i = FLOAT32_ACTIVATIONS
             if attribute.type == onnx.AttributeProto.GRAPH:
                 compute_in_float32(attribute.g)
+
+
+def in_arithmetic(model: onnx.ModelProto, arithmetic: Arithmetic) -> onnx.ModelProto:
+    """The slice as it is, or for the tight gate of a quantised one with products that do not round their inputs."""
+    if arithmetic is not Arithmetic.FLOAT32:
+        return model
+    exact = onnx.ModelProto()
+    exact.CopyFrom(model)
+    compute_in_float32(exact.graph)
+    return exact

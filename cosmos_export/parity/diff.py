@@ -28,6 +28,7 @@ from cosmos_export.parity.gates import LOGIT_GATES, Arithmetic, Verdict, judge
 from cosmos_export.parity.layer_steps import StepResult, StepRun, compare_steps
 from cosmos_export.parity.layered import LayerComparison, PieceRun, in_arithmetic
 from cosmos_export.parity.report import Measurement, PieceResult, gate_share
+from cosmos_export.parity.reporting import capabilities_of
 from cosmos_export.parity.slice_runs import open_slice
 from cosmos_export.parity.stored import StoredTensors, judged, wanted_tensors
 from cosmos_export.progress import Progress, Silent
@@ -91,7 +92,8 @@ class DiffReport:
     pieces: tuple[PieceDiff, ...]
     stored: StoredTensors
     settings: tuple[Changed, ...] = ()
-    heads_left_out: bool = False
+    heads_chained: bool = False
+    """Whether there are capability heads: behind the final norm, "in the graph" is then of their pieces chained."""
 
     @property
     def first_alone(self) -> PieceDiff | None:
@@ -141,7 +143,7 @@ class DiffReport:
             "first_alone": None if self.first_alone is None else self.first_alone.name,
             "first_in_graph": None if self.first_in_graph is None else self.first_in_graph.name,
             "stored_problems": list(self.stored.problems),
-            "heads_left_out": self.heads_left_out,
+            "heads_chained": self.heads_chained,
             "pieces": [_piece_dict(piece) for piece in self.pieces],
             "settings": [_changed_dict(changed) for changed in self.settings],
         }
@@ -190,21 +192,20 @@ def diff_bundle(
     if recipe.calibration is not None and not checkpoint.calibrated:
         checkpoint = with_stored_levels(checkpoint, graph, recipe)
     comparison = ObservedComparison(
-        graph, spec, checkpoint, recipe, progress, causal, settings[0].provider, False, None
+        graph, spec, checkpoint, recipe, progress, causal, settings[0].provider, False, None, capabilities_of(manifest)
     )
-    comparison.with_heads = manifest.capabilities is not None
     comparison.run()
     progress.stage("Running the whole graph with its hidden states as outputs")
     pieces = _pieces(comparison, settings[0])
     changed = _settings(comparison, settings, progress) if len(settings) > 1 else []
-    wanted = wanted_tensors(checkpoint, None)
+    wanted = wanted_tensors(checkpoint, comparison.capabilities)
     report = DiffReport(
         bundle=manifest.name,
         setting=settings[0],
         pieces=tuple(pieces),
         stored=judged(comparison.compared, wanted),
         settings=tuple(changed),
-        heads_left_out=comparison.with_heads,
+        heads_chained=comparison.heads is not None,
     )
     return Diff(report, comparison.fault)
 
@@ -244,7 +245,7 @@ class ObservedComparison(LayerComparison):
 
     def values(self) -> list[str]:
         """The graph's values at the borders, piece by piece."""
-        last = self.graph.normed if self.with_heads else self.runner.logits
+        last = self.runner.logits if self.capabilities is None else self.graph.normed
         return [*self.graph.hidden, last]
 
     def tapped(self, arithmetic: Arithmetic, setting: Setting) -> list[list[NDArray[np.float32]]]:
@@ -265,12 +266,14 @@ class ObservedComparison(LayerComparison):
 
 def _pieces(comparison: ObservedComparison, setting: Setting) -> list[PieceDiff]:
     names = list(dict.fromkeys(piece.name for piece in comparison.pieces))
+    of_heads = {} if comparison.heads is None else comparison.heads.in_chain
     found = []
     for chain in comparison.chains:
         tapped = comparison.tapped(chain.arithmetic, setting)
         for at, name in enumerate(names):
             key = (name, chain.arithmetic)
-            case_name, worst = _worst_in_graph(comparison, key, [case[at] for case in tapped])
+            in_chain = of_heads.get(key)
+            case_name, worst = in_chain or _worst_in_graph(comparison, key, [case[at] for case in tapped])
             alone = next(p for p in comparison.pieces if (p.name, p.arithmetic) == key)
             steps = tuple(comparison.steps.get(key, ()))
             found.append(PieceDiff(name, chain.arithmetic, worst, case_name, alone, steps))
@@ -302,7 +305,7 @@ def _in_graph(
 def _settings(comparison: ObservedComparison, settings: Sequence[Setting], progress: Progress) -> list[Changed]:
     """The bundle as it is, under each setting, against the first."""
     progress.stage("Running the graph under other settings")
-    names = list(dict.fromkeys(piece.name for piece in comparison.pieces))
+    names = list(dict.fromkeys(piece.name for piece in comparison.pieces))[: len(comparison.values())]
     arithmetic = comparison.chains[-1].arithmetic
     before = comparison.tapped(arithmetic, settings[0])
     found = []

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cosmos_export.parity import metrics
 from cosmos_export.parity.decisions import Difference, first_differences
-from cosmos_export.parity.gates import LOGIT_GATES, PIECE_GATES, SCORE_GATES, Arithmetic, Verdict, judge
+from cosmos_export.parity.gates import LOGIT_GATES, PIECE_GATES, SCORE_GATES, Arithmetic, LogitGate, Verdict, judge
 from cosmos_export.parity.heads_reference import Choice
 from cosmos_export.parity.report import CaseResult, Measurement, gate_share
 
@@ -55,7 +55,7 @@ class RowComparison:
     """Rows of what a bundle found, judged together.
 
     `usual` is the eager model's usual error in each kind of number, as a share of the span of that. Of the numbers,
-    `vectors` are what one piece of the heads gives to the next.
+    `vectors` are what one piece of the heads gives to the next, and have `vector_gates`.
     """
 
     def __init__(
@@ -64,8 +64,10 @@ class RowComparison:
         rows: Sequence[Row],
         usual: Mapping[str, float] | None = None,
         vectors: Collection[str] = (),
+        vector_gates: Mapping[Arithmetic, LogitGate] = PIECE_GATES,
     ) -> None:
-        self.arithmetic, self.rows, self._usual, self._vectors = arithmetic, rows, usual or {}, vectors
+        self.arithmetic, self.rows, self._usual = arithmetic, rows, usual or {}
+        self._vectors, self._vector_gates = vectors, vector_gates
 
     def measurements(self) -> Iterator[Measurement]:
         """The largest errors of logits and of each score; and what was decided otherwise, if anything was."""
@@ -107,7 +109,8 @@ class RowComparison:
         return {name: (error, self._allowed(name, error)) for name, error in noise.items()}
 
     def _allowed(self, name: str, noise: float) -> float:
-        gates = PIECE_GATES if name in self._vectors else LOGIT_GATES if name in POSITIONS else SCORE_GATES
+        others = LOGIT_GATES if name in POSITIONS else SCORE_GATES
+        gates = self._vector_gates if name in self._vectors else others
         span = self._span(name)
         return gates[self.arithmetic].allowed(noise, span) if span else 0.0
 

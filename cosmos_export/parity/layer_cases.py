@@ -94,9 +94,20 @@ def build_layer_cases(
     return _distinct([*cases, *last]), skipped
 
 
+def random_row(config: CosmosAdvancedConfig, *, seed: int = 6) -> LayerCase:
+    """A row of random tokens that no comparison has."""
+    length = min(32, config.max_sequence_length)
+    return whole_rows("1 x 32 random tokens", np.random.default_rng(seed).integers(0, config.vocab_size, (1, length)))
+
+
 def whole_rows(name: str, input_ids: TokenIds) -> LayerCase:
     """All tokens in one run."""
     return in_pieces(name, input_ids, [input_ids.shape[1]])
+
+
+def one_token_each(rows: int) -> LayerCase:
+    """So many rows of the first token of the vocabulary: for slices that read nothing of a case but its shape."""
+    return LayerCase(f"{rows} x 1 token", np.zeros((rows, 1), np.int64), (Piece((0,) * rows, (1,) * rows, 1),))
 
 
 def in_pieces(name: str, input_ids: TokenIds, sizes: list[int], past: int = 0) -> LayerCase:

@@ -9,12 +9,15 @@ with ONNX Runtime, and all of it is let go. Every piece is judged twice:
 - alone, on float64's own input, so that a fault is found where it is;
 - in a chain, each piece on what the one before it gave, so that at the end there are the logits of the running graph,
   the eager model's in the same arithmetic, and float64's, compared by the gates of a whole model.
+
+Where the bundle has capability heads, they take the place of the last piece, one after another (`layered_heads`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +32,19 @@ from cosmos_export.onnx.signature import ROTARY_COS, ROTARY_SIN, parts_of, quant
 from cosmos_export.onnx.slices import FINAL_NORM, SlicedGraph, stored_array
 from cosmos_export.onnx.weights import WeightReader, as_array
 from cosmos_export.parity import metrics
-from cosmos_export.parity.arithmetic import arithmetic_of, compute_in_float32
+from cosmos_export.parity.arithmetic import arithmetics_of, in_arithmetic, torch_type
 from cosmos_export.parity.cases import Skipped
 from cosmos_export.parity.compared_logits import case_result
 from cosmos_export.parity.gates import LOGIT_GATES, PIECE_GATES, Arithmetic, judge
-from cosmos_export.parity.layer_cases import LayerCase, build_layer_cases
-from cosmos_export.parity.quality import Quality, quality_of
+from cosmos_export.parity.layer_cases import LayerCase, build_layer_cases, random_row
+from cosmos_export.parity.layered_heads import HeadComparison, HeadRun
+from cosmos_export.parity.quality import Prediction, Quality, quality_of
 from cosmos_export.parity.reference import round_to_int8
 from cosmos_export.parity.report import CaseResult, Measurement, PieceResult, gate_share
 from cosmos_export.parity.slice_runs import CaseRunner, open_slice
 from cosmos_export.parity.stored import StoredTensors, difference, judged, wanted_tensors
+from cosmos_export.parity.stored_heads import compare_heads
+from cosmos_export.parity.streamed_heads import RoundInput
 from cosmos_export.parity.streamed_model import Lane, Matrix, Rounding, StreamedModel, StreamedWeights
 from cosmos_export.progress import Progress
 from cosmos_export.recipe import ExportRecipe
@@ -98,17 +104,22 @@ def compare_layers(
     provider: str = "cpu",
     with_quality: bool = False,
     text: Sequence[LayerCase] | None = None,
+    capabilities: Sequence[str] | None = None,
 ) -> LayeredResult:
-    """Compares a bundle's `graph`, a plain decoder, with the model of `checkpoint`, a piece of it in memory at a time.
+    """Compares a bundle's `graph` with the model of `checkpoint`, a piece of it in memory at a time: a plain decoder,
+    or one with the heads of `capabilities` behind it.
 
-    `with_quality` also measures the distance from the model before rounding, on `text` or on the cases' random tokens.
-    Raises ExportError where the graph cannot be cut at its layers.
+    `with_quality` also measures the distance from the model before rounding, on `text` or on random tokens.
+    Raises ExportError where the graph cannot be cut at its layers or its heads.
     """
-    return LayerComparison(graph, spec, checkpoint, recipe, progress, causal, provider, with_quality, text).run()
+    return LayerComparison(
+        graph, spec, checkpoint, recipe, progress, causal, provider, with_quality, text, capabilities
+    ).run()
 
 
 class LayerComparison:
-    """One pass over the pieces of a model. Who wants to see more than the verdicts overrides `observe`."""
+    """One pass over the pieces of a model. Who wants to see more than the verdicts overrides `observe`, and for heads
+    `observe_head`."""
 
     def __init__(
         self,
@@ -121,6 +132,7 @@ class LayerComparison:
         provider: str,
         with_quality: bool,
         text: Sequence[LayerCase] | None,
+        capabilities: Sequence[str] | None = None,
     ) -> None:
         config = checkpoint.config
         self.graph, self.recipe, self.progress, self.provider = (
@@ -132,42 +144,53 @@ class LayerComparison:
         self.runner = CaseRunner(spec, config)
         self.model = StreamedModel(config, causal=causal)
         self.weights = StreamedWeights(checkpoint, recipe)
-        self.layers, self.with_quality, self.text = config.n_layers, with_quality, text
-        self.with_heads = False  # whose logits are not the hidden state's: the last piece is then the final norm
+        self.layers, self.with_quality, self.gated = config.n_layers, with_quality, text is not None
+        self.capabilities = capabilities
         self.cases, self.skipped = build_layer_cases(config, cached=self.runner.cached)
+        self.read = list(text or ()) if with_quality else []
+        if with_quality and text is None and capabilities is not None:
+            self.read = [random_row(config)]  # token by token, each of which is a call
         self.exact: list[Tensor] = []  # hidden states (B, T, D) of every case, in float64 all the way
         self.chains = [_Chain(arithmetic) for arithmetic in arithmetics_of(recipe)]
         self.before_rounding: list[Tensor] = []  # the same in the float32 model before rounding
         self.pieces: list[PieceResult] = []
         self.compared: list[tuple[str, str | None]] = []
+        self.heads: HeadComparison | None = None
+        self._done, self._total = 0, config.n_layers + 2
 
     @property
     def quality_cases(self) -> list[LayerCase]:
         """Cases of the chain that the model before rounding computes, too."""
         if not self.with_quality:
             return []
-        return list(self.text) if self.text is not None else [case for case in self.cases if not case.past]
+        return self.read or [case for case in self.cases if not case.past]
 
     @property
     def chained(self) -> list[LayerCase]:
-        """Cases that pass through the chains: those of the comparison, and then the text."""
-        return [*self.cases, *(self.text or () if self.with_quality else ())]
+        """Cases that pass through the chains: those of the comparison, and then those of quality alone."""
+        return [*self.cases, *self.read]
 
     def run(self) -> LayeredResult:
         self.progress.stage("Comparing layer by layer with float64")
-        total = self.layers + 2
         self._embedding()
+        self.advance()
         for layer in range(self.layers):
-            self.progress.update(layer + 1, total)
             self._layer(layer)
-        self.progress.update(total - 1, total)
-        cases, quality = self._logits()
-        self.progress.update(total, total)
-        stored = judged(self.compared, wanted_tensors(self.weights.checkpoint, None))
+            self.advance()
+        cases, quality = self._logits() if self.capabilities is None else self._heads(self.capabilities)
+        stored = judged(self.compared, wanted_tensors(self.weights.checkpoint, self.capabilities))
         return LayeredResult(stored, self.pieces, cases, self.skipped, quality)
+
+    def advance(self) -> None:
+        """Tells the progress that a piece is done."""
+        self._done += 1
+        self.progress.update(self._done, self._total)
 
     def observe(self, run: PieceRun) -> None:
         """Is told of every piece when it has been judged, while its tensors are in memory."""
+
+    def observe_head(self, run: HeadRun) -> None:
+        """The same of every piece of the heads."""
 
     # Pieces
 
@@ -210,31 +233,48 @@ class LayerComparison:
             self.before_rounding = self.model.layer(layer, original, lanes, torch.float32)
 
     def _logits(self) -> tuple[list[CaseResult], Quality | None]:
-        names = [FINAL_NORM, EMBEDDING]
-        weights = self._read(names, skip=EMBEDDING)
-        name, logits = (NORM_PIECE, self.graph.normed) if self.with_heads else (LOGITS_PIECE, self.runner.logits)
-        before = self.graph.hidden[-1]
-        slice_ = self.graph.cut([before], [logits])
-
-        def eager(
-            lanes: Sequence[Lane], dtype: torch.dtype, rounding: Callable[[str], Rounding | None] = lambda _: None
-        ) -> list[Tensor]:
-            if self.with_heads:
-                return self.model.normed(weights, lanes, dtype)
-            return self.model.logits(weights, lanes, dtype, rounding)
-
-        def bundle(
-            arithmetic: Arithmetic, cases: Sequence[LayerCase], given: Sequence[NDArray]
-        ) -> list[NDArray[np.float32]]:
-            return self._run(slice_, arithmetic, cases, [{before: hidden} for hidden in given], logits)
-
-        exact = self._piece(name, None, weights, slice_, eager, bundle)
+        weights = self._read([FINAL_NORM, EMBEDDING], skip=EMBEDDING)
+        exact = self._last(LOGITS_PIECE, self.runner.logits, self.model.logits, weights)
         results = [result for chain in self.chains for result in self._end_to_end(chain, exact)]
         if not self.with_quality:
             return results, None
         lanes = lanes_of(self.quality_cases, self.before_rounding)
-        expected = self.model.logits(self.weights.original(names), lanes, torch.float32)
-        return results, self._quality(expected)
+        expected = self.model.logits(self.weights.original([FINAL_NORM, EMBEDDING]), lanes, torch.float32)
+        return results, self._quality(self._predictions(expected))
+
+    def _heads(self, capabilities: Sequence[str]) -> tuple[list[CaseResult], Quality | None]:
+        """What comes behind the final norm where the logits are not the hidden state's alone."""
+        weights = self._read([FINAL_NORM, EMBEDDING], skip=EMBEDDING)
+
+        def eager(lanes: Sequence[Lane], dtype: torch.dtype, _: object = None) -> list[Tensor]:
+            return self.model.normed(weights, lanes, dtype)
+
+        exact = self._last(NORM_PIECE, self.graph.normed, lambda _, *given: eager(*given), weights)
+        lanes = lanes_of(self.quality_cases, self.before_rounding)
+        original = self.weights.original([FINAL_NORM, EMBEDDING]) if lanes else {}
+        before = self.model.normed(original, lanes, torch.float32) if lanes else []
+        wanted = wanted_tensors(self.weights.checkpoint, capabilities)
+        self.compared += compare_heads(self.graph, WeightReader(self.weights.checkpoint, self.recipe), wanted)
+        self.heads = HeadComparison(self, capabilities, weights, original, exact, before)
+        self._total += len(self.heads.pieces) - 1
+        results, predictions = self.heads.run()
+        return results, self._quality(predictions) if self.with_quality else None
+
+    def _last(
+        self, name: str, value: str, eager: Callable[..., list[Tensor]], weights: Mapping[str, Matrix]
+    ) -> list[Tensor]:
+        """The piece behind the last layer, which gives `value`."""
+        before = self.graph.hidden[-1]
+        slice_ = self.graph.cut([before], [value])
+
+        def bundle(
+            arithmetic: Arithmetic, cases: Sequence[LayerCase], given: Sequence[NDArray]
+        ) -> list[NDArray[np.float32]]:
+            return self._run(slice_, arithmetic, cases, [{before: hidden} for hidden in given], value)
+
+        found = self._piece(name, None, weights, slice_, partial(eager, weights), bundle)
+        self.advance()
+        return found
 
     def _piece(
         self,
@@ -255,8 +295,8 @@ class LayerComparison:
         alone = {dtype: everything[(i + 1) * count : (i + 2) * count] for i, dtype in enumerate(inputs)}
         for chain in self.chains:
             dtype = torch_type(chain.arithmetic)
-            rounding = self.rounding if chain.arithmetic is Arithmetic.INT8_ACTIVATIONS else lambda _: None
-            both = eager(lanes_of(self.cases * 2, [*inputs[dtype], *chain.eager]), dtype, rounding)
+            lanes = lanes_of(self.cases * 2, [*inputs[dtype], *chain.eager])
+            both = eager(lanes, dtype, self.rounding_in(chain.arithmetic))
             given = [*(x.float().numpy() for x in inputs[dtype]), *chain.bundle]
             ran = bundle(chain.arithmetic, [*self.cases, *self.chained], given)
             measured = zip(self.cases, ran[:count], alone[dtype], both[:count], strict=True)
@@ -301,17 +341,18 @@ class LayerComparison:
                 eager.float().numpy()[computed][None],
             )
 
-    def _quality(self, expected: Sequence[Tensor]) -> Quality | None:
+    def _predictions(self, expected: Sequence[Tensor]) -> Iterator[Prediction]:
         """Of the bundle as it runs, whose chain is the last."""
         ran = dict(zip((id(case) for case in self.chained), self.chains[-1].bundle, strict=True))
-        rows = []
         for case, wanted in zip(self.quality_cases, expected, strict=True):
             for row, computed in enumerate(case.computed):
                 if computed.all() and len(computed) > 1:
                     tokens = case.input_ids[row, 1:]
-                    rows.append((ran[id(case)][row, :-1], wanted.numpy()[row, :-1], tokens))
-        named = "the text given" if self.text is not None else "random tokens"
-        return quality_of(rows, named, self.recipe.precision, self.weights.checkpoint, gated=self.text is not None)
+                    yield ran[id(case)][row, :-1], wanted.numpy()[row, :-1], tokens
+
+    def _quality(self, predictions: Iterable[Prediction]) -> Quality | None:
+        named = "the text given" if self.gated else "random tokens"
+        return quality_of(list(predictions), named, self.recipe.precision, self.weights.checkpoint, gated=self.gated)
 
     # Reading
 
@@ -344,33 +385,16 @@ class LayerComparison:
         pairs = zip(cases, given, strict=True)
         return [self.runner.run(session, case, values, layers)[name] for case, values in pairs]
 
+    def rounding_in(self, arithmetic: Arithmetic) -> RoundInput:
+        """How inputs of products are rounded in this arithmetic, beside its type."""
+        return self.rounding if arithmetic is Arithmetic.INT8_ACTIVATIONS else lambda _: None
+
     def rounding(self, name: str) -> Rounding | None:
         """How the input of a product with this tensor is rounded where kernels compute with int8 activations."""
         form = self.recipe.form_of(name)
         if form is None or form.accuracy_level != INT8_ACTIVATIONS:
             return None
         return lambda x: round_to_int8(x, form.block_size)
-
-
-def in_arithmetic(model: ModelProto, arithmetic: Arithmetic) -> ModelProto:
-    """The slice as it is, or for the tight gate of a quantised one with products that do not round their inputs."""
-    if arithmetic is not Arithmetic.FLOAT32:
-        return model
-    exact = ModelProto()
-    exact.CopyFrom(model)
-    compute_in_float32(exact.graph)
-    return exact
-
-
-def arithmetics_of(recipe: ExportRecipe) -> list[Arithmetic]:
-    """What a bundle is compared in: its own arithmetic, and before it the tighter one where there is."""
-    arithmetic = arithmetic_of(recipe)
-    return [Arithmetic.FLOAT32, arithmetic] if arithmetic is Arithmetic.INT8_ACTIVATIONS else [arithmetic]
-
-
-def torch_type(arithmetic: Arithmetic) -> torch.dtype:
-    """What the eager model computes with in this arithmetic."""
-    return {Arithmetic.FLOAT16: torch.float16, Arithmetic.BFLOAT16: torch.bfloat16}.get(arithmetic, torch.float32)
 
 
 def lanes_of(cases: Sequence[LayerCase], hidden: Sequence[Tensor]) -> list[Lane]:

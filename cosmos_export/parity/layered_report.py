@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import numpy as np
-import onnxruntime
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.errors import ParityUnavailableError
@@ -17,6 +15,7 @@ from cosmos_export.parity.gates import QUALITY_GATES
 from cosmos_export.parity.layer_cases import LayerCase, whole_rows
 from cosmos_export.parity.layered import compare_layers
 from cosmos_export.parity.report import ParityReport
+from cosmos_export.parity.reporting import capabilities_of, report_of
 from cosmos_export.progress import Progress
 from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import ONNX, Bundle, Manifest, Tokenizer, choose_graph
@@ -30,7 +29,7 @@ _SHARE = 0.75
 
 def too_large(manifest: Manifest, checkpoint: Checkpoint, progress: Progress) -> bool:
     """Whether the model does not fit into memory as verification holds it; says so to `progress`."""
-    if manifest.graph_format != ONNX or manifest.capabilities is not None:
+    if manifest.graph_format != ONNX:
         return False
     needed, available = bytes_of_whole_model(checkpoint, manifest), available_memory()
     if needed <= _SHARE * available:
@@ -43,12 +42,13 @@ def too_large(manifest: Manifest, checkpoint: Checkpoint, progress: Progress) ->
 
 
 def bytes_of_whole_model(checkpoint: Checkpoint, manifest: Manifest) -> int:
-    """What comparing the whole graph holds at least: the model in float64 and in float32, in 16 bits where that is
-    computed with, and the weights of a session, mapped and as kernels want them."""
+    """What comparing the whole graph holds at least: the model, with all weights of its capability heads, in float64
+    and in float32, in 16 bits where that is computed with, and the weights of a session, mapped and as kernels want
+    them."""
     activations = ExportRecipe.from_manifest(manifest.recipe).activations
     a_parameter = 8 + 4 + (0 if activations == "float32" else 2)
     stored = sum(entry.size for entry in manifest.files.values())
-    return parameter_count(checkpoint.config) * a_parameter + 2 * stored
+    return parameter_count(checkpoint.config, capabilities_of(manifest)) * a_parameter + 2 * stored
 
 
 def verify_layers(
@@ -66,8 +66,9 @@ def verify_layers(
     recipe = ExportRecipe.from_manifest(manifest.recipe)
     _, spec = choose_graph(manifest)
     graph = bundle.file(spec.file)
+    heads = capabilities_of(manifest)
     if recipe.calibration is not None and not checkpoint.calibrated:
-        checkpoint = with_stored_levels(checkpoint, graph, recipe)
+        checkpoint = with_stored_levels(checkpoint, graph, recipe, heads)
     found = compare_layers(
         graph,
         spec,
@@ -78,19 +79,17 @@ def verify_layers(
         provider=provider,
         with_quality=recipe.precision in QUALITY_GATES or text is not None,
         text=None if text is None else _rows(bundle, text),
+        capabilities=heads,
     )
     stored = found.stored
     if recipe.calibration is not None:
-        stored = stored.with_calibrated(len(checkpoint.calibrated), list(strayed(checkpoint, recipe)))
-    return ParityReport(
-        bundle=manifest.name,
-        source=dict(manifest.source),
-        precision=recipe.precision,
-        provider=provider,
-        versions={"onnxruntime": onnxruntime.__version__, "torch": version("torch")},
-        max_sequence_length=checkpoint.config.max_sequence_length,
-        stored=(stored,),
-        cases=tuple(found.cases),
+        stored = stored.with_calibrated(len(checkpoint.calibrated), list(strayed(checkpoint, recipe, heads)))
+    return report_of(
+        manifest,
+        checkpoint,
+        provider,
+        stored=[stored],
+        cases=found.cases,
         skipped=tuple(found.skipped),
         quality=found.quality,
         pieces=tuple(found.pieces),
@@ -102,11 +101,6 @@ def _require_plain_onnx(manifest: Manifest) -> None:
         raise ParityUnavailableError(
             f"{manifest.name} is a {manifest.graph_format} program, which cannot be cut into layers; verify it whole, "
             f"without --layers, or export the checkpoint with `cosmos-export onnx`"
-        )
-    if manifest.capabilities is not None:
-        raise ParityUnavailableError(
-            f"{manifest.name} has capability heads, which are compared with the whole model only; verify it without "
-            f"--layers, on a machine with room for the model in float64, or the plain decoder with --head lm"
         )
 
 

@@ -58,11 +58,15 @@ def measure_quality(
     return _quality(compared, written, session.manifest.recipe["precision"], checkpoint, gated=True)
 
 
+# Logits (N, V) of the bundle and of the float32 model, and the tokens (N,) that came next.
+Prediction = tuple[NDArray, NDArray, TokenIds]
+
+
 def quality_of(
-    rows: Sequence[tuple[NDArray, NDArray, TokenIds]], text: str, precision: str, checkpoint: Checkpoint, *, gated: bool
+    rows: Sequence[Prediction], text: str, precision: str, checkpoint: Checkpoint, *, gated: bool
 ) -> Quality | None:
-    """The same of logits (N, V) that are there already: the bundle's, the float32 model's, and the tokens (N,) that
-    came next, row by row. `gated` says whether the precision's gate applies to such a text."""
+    """The same of logits that are there already, row by row. `gated` says whether the precision's gate applies to such
+    a text."""
     return _quality([_compare(*row) for row in rows], text, precision, checkpoint, gated=gated)
 
 

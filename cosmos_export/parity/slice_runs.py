@@ -137,7 +137,7 @@ class CaseRunner:
         cache = self._fresh_cache(case, layers)
         found: dict[str, Array] = {}
         for piece in case.pieces:
-            feed = self._feed(session, case, piece, given, cache)
+            feed = self.feed(session, case, piece, given, cache)
             if watch is not None:
                 watch(piece, feed)
             for name, value in zip(wanted, session.run(wanted, feed), strict=True):
@@ -147,21 +147,23 @@ class CaseRunner:
                     self._collect(found, name, value, case, piece)
         return found
 
-    def _feed(
+    def feed(
         self,
         session: ort.InferenceSession,
         case: LayerCase,
         piece: Piece,
         given: dict[str, Array],
-        cache: dict[str, Array],
+        state: dict[str, Any],
     ) -> dict[str, Any]:
+        """What a piece of a case feeds a slice with: its part of `given`, values (B, T, ...), `state` as it is, and the
+        rest by roles. A run of a graph with capability heads ends a call, and wants its scores."""
         feed: dict[str, Any] = {}
         for value in session.get_inputs():
             name = value.name
             if name in given:
                 feed[name] = _rows(given[name], piece)
-            elif name in cache:
-                feed[name] = cache[name]
+            elif name in state:
+                feed[name] = state[name]
             elif name in self._past[0] or name in self._past[1]:
                 feed[name] = self._zeros(case)  # of another layer, for its shape alone
             else:
@@ -191,13 +193,21 @@ class CaseRunner:
         return self._past[part][self._present[part].index(present)]
 
     def _collect(self, found: dict[str, Array], name: str, value: Array, case: LayerCase, piece: Piece) -> None:
-        if name == self.logits and self._by_rows:
-            value = value.reshape(case.batch, piece.count, -1)
+        value = self._by_row(name, value, case, piece)
         if value.shape[:2] != (case.batch, piece.count):
             raise ValueError(f"{name}: expected (batch {case.batch}, tokens {piece.count}, ...), got {value.shape}")
         into = found.setdefault(name, np.zeros((*case.input_ids.shape, *value.shape[2:]), np.float32))
         for row, (start, length) in enumerate(zip(piece.starts, piece.lengths, strict=True)):
             into[row, start:length] = value[row, self._places(name, piece, length - start)]
+
+    def _by_row(self, name: str, value: Array, case: LayerCase, piece: Piece) -> Array:
+        by_rows = name == self.logits and self._by_rows
+        return value.reshape(case.batch, piece.count, -1) if by_rows else value
+
+    def new_logits(self, value: Array, piece: Piece) -> list[Array]:
+        """Of a piece's logits (B, n, V), those of each row's new tokens."""
+        lengths = zip(piece.starts, piece.lengths, strict=True)
+        return [value[row, self._places(self.logits, piece, end - start)] for row, (start, end) in enumerate(lengths)]
 
     def _places(self, name: str, piece: Piece, new: int) -> slice:
         """Where a row of a piece with so many new tokens has them: logits are asked for by their distance from a row's
@@ -240,5 +250,7 @@ _FEEDS: dict[str, Callable[[LayerCase, Piece], NDArray]] = {
     Role.LOGIT_OFFSETS: lambda case, piece: np.arange(piece.count, dtype=np.int64)[::-1].copy(),
     Role.LAST_INDEX: lambda case, piece: (_lengths(case, piece) - 1).astype(np.int32),
     Role.TOTAL_LENGTH: lambda case, piece: np.array(_lengths(case, piece).max(), np.int32),
+    Role.ENDS_CALL: lambda case, piece: np.array([True]),
+    Role.WANTS_SCORES: lambda case, piece: np.array([True]),
     Role.LOGIT_ROWS: lambda case, piece: np.arange(case.batch * piece.count, dtype=np.int64),
 }

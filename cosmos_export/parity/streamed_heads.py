@@ -170,31 +170,28 @@ class StreamedHeads:
         with torch.device("meta"):
             module = of.build(self.config).eval()
 
-        def vector(name: str) -> Tensor | None:
-            matrix = weights.get(of.prefix + name)
-            return None if matrix is None else matrix.rows(0, matrix.shape[0]).to(dtype)
-
-        for name, part in list(module.named_modules()):
-            weight = f"{of.prefix}{name}.weight"
-            if weight not in weights:
-                continue
+        for path, part in list(module.named_modules()):
+            prefix = f"{of.prefix}{path}." if path else of.prefix
             if isinstance(part, nn.Linear | FrozenLinear):
-                bias = vector(f"{name}.bias")
-                bias = None if bias is None else bias[0]
-                module.set_submodule(name, Product(weights[weight], round_input(weight), bias))
-            elif isinstance(part, nn.LayerNorm):
-                for own in ("weight", "bias"):
-                    setattr(part, own, _parameter(vector(f"{name}.{own}")))
-        for name, _ in list(module.named_parameters(recurse=False)):  # the skills' biases
-            if (value := vector(name)) is not None:
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
+                if f"{prefix}weight" in weights:
+                    bias = _tensor(weights.get(f"{prefix}bias"), 1, dtype)
+                    rounding = round_input(f"{prefix}weight")
+                    module.set_submodule(path, Product(weights[f"{prefix}weight"], rounding, bias))
+                continue
+            for name, shape in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                value = _tensor(weights.get(prefix + name), shape.dim(), dtype)
+                if value is not None:
+                    is_parameter = isinstance(shape, nn.Parameter)
+                    setattr(part, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
         return module
 
 
-def _parameter(vector: Tensor | None) -> nn.Parameter:
-    if vector is None:
-        raise AssertionError("a norm has a weight and a bias")
-    return nn.Parameter(vector[0], requires_grad=False)
+def _tensor(matrix: Matrix | None, axes: int, dtype: torch.dtype) -> Tensor | None:
+    """All of a small tensor; a vector is kept as a matrix of one row."""
+    if matrix is None:
+        return None
+    whole = matrix.rows(0, matrix.shape[0]).to(dtype)
+    return whole[0] if axes == 1 else whole
 
 
 def _in(given: Values, dtype: torch.dtype) -> dict[str, Tensor]:

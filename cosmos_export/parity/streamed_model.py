@@ -155,7 +155,7 @@ def _stored(reader: RowReader, dtype: torch.dtype) -> Matrix:
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 2 else tensor[None]
+    return tensor if tensor.dim() > 1 else tensor[None]
 
 
 def _smallest(tensor: Tensor, stored: torch.dtype) -> Tensor:

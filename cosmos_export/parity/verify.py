@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from cosmos_export.checkpoint import Checkpoint
@@ -20,6 +17,7 @@ from cosmos_export.parity.calibrated import strayed, with_stored_levels
 from cosmos_export.parity.calls import build_sequences
 from cosmos_export.parity.cases import Case, Skipped, build_cases
 from cosmos_export.parity.compared_logits import case_result
+from cosmos_export.parity.effort import Effort as Effort
 from cosmos_export.parity.gates import QUALITY_GATES, Arithmetic
 from cosmos_export.parity.heads_reference import HeadsReference
 from cosmos_export.parity.heads_verify import compare_calls
@@ -27,6 +25,7 @@ from cosmos_export.parity.layered_report import too_large, verify_layers
 from cosmos_export.parity.quality import measure_quality, rows_of_text
 from cosmos_export.parity.reference import EagerReference
 from cosmos_export.parity.report import CaseResult, ParityReport
+from cosmos_export.parity.reporting import capabilities_of, report_of
 from cosmos_export.parity.stepwise import ragged_case, ragged_logits, stepwise_cases, stepwise_logits
 from cosmos_export.parity.stored import compare_stored
 from cosmos_export.parity.stored_programs import compare_program
@@ -34,18 +33,6 @@ from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.torch_programs.sessions import load_session
 from cosmos_runtime import DECODER, ONNX, SAMPLER, Bundle, Session, load
-
-
-class Effort(StrEnum):
-    """How much to verify: every length up to the maximum, short sequences only, one layer at a time, or nothing.
-
-    Where the model is too large to be held whole in float64, FULL and QUICK are LAYERS.
-    """
-
-    FULL = "full"
-    QUICK = "quick"
-    LAYERS = "layers"
-    OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,7 @@ def verify_bundle(
     progress.stage("Comparing stored tensors")
     models = [spec for name, spec in manifest.graphs.items() if not name.startswith(f"{SAMPLER}.")]  # those have none
     graphs = [session.bundle.file(spec.file) for spec in models]
-    heads = None if manifest.capabilities is None else tuple(manifest.capabilities["names"])
+    heads = capabilities_of(manifest)
     if recipe.calibration is not None and not checkpoint.calibrated:  # an export has just made them, and knows better
         checkpoint = with_stored_levels(checkpoint, graphs[0], recipe, heads)
     compare_file = compare_stored if recipe.format == ONNX else compare_program
@@ -102,15 +89,12 @@ def verify_bundle(
         quality = measure_quality(session, checkpoint, rows, causal=causal)
     for warning in compared.warnings:
         progress.note(warning)
-    return ParityReport(
-        bundle=manifest.name,
-        source=dict(manifest.source),
-        precision=recipe.precision,
-        provider=provider,
-        versions={"onnxruntime": onnxruntime.__version__, "torch": version("torch")},
-        max_sequence_length=checkpoint.config.max_sequence_length,
-        stored=tuple(stored),
-        cases=tuple(compared.results),
+    return report_of(
+        manifest,
+        checkpoint,
+        provider,
+        stored=stored,
+        cases=compared.results,
         skipped=tuple(compared.skipped),
         quality=quality,
         warnings=compared.warnings,

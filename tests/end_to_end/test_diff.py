@@ -394,7 +394,7 @@ def test_the_backbone_under_capability_heads_is_compared(lively_checkpoint, live
     change = _in_layer(_GQA, 1, _set("scale", "f", lambda x: x * 1.001))
     found = diff(with_graph_fault(bundle, tmp_path, change), checkpoint)
     assert named(found) == ("layer 1", ATTENTION)
-    assert found.report.heads_left_out
+    assert found.report.heads_chained
 
 
 def test_a_pytorch_program_is_refused_with_what_to_do(checkpoint, tmp_path):

@@ -27,7 +27,6 @@ from cosmos_export.pipeline import ExportedBundle, export_bundle
 from cosmos_export.progress import Silent
 from cosmos_export.recipe import ExportRecipe
 
-from .head_bundles import export_heads, heads_checkpoint, heads_config
 from .mutants import attribute_of, nodes_of, with_graph_fault, with_tensor_fault
 
 
@@ -311,11 +310,11 @@ def _with_another_scale(self, config, rotary, last_index, total, cache):  # type
     self.last_index, self.total = last_index, total
 
 
-def test_capability_heads_are_refused_with_what_to_do(tmp_path):
-    checkpoint = heads_checkpoint(heads_config())
-    bundle = export_heads(checkpoint, tmp_path / "heads", "cpu-fp32", effort=Effort.OFF)
-    with pytest.raises(ParityUnavailableError, match="capability heads.*without --layers"):
-        by_layers(bundle.path, checkpoint)
+def test_a_pytorch_program_is_refused_with_what_to_do(small_checkpoint, tmp_path):
+    recipe = ExportRecipe.load("torchscript-fp32")
+    bundle = export_bundle(small_checkpoint, tmp_path / "out", recipe, effort=Effort.OFF)
+    with pytest.raises(ParityUnavailableError, match="without --layers"):
+        by_layers(bundle.path, small_checkpoint)
 
 
 def test_the_command_takes_layers(small_checkpoint, tmp_path):
