@@ -26,6 +26,7 @@ from cosmos_export.folders import (
     sync,
     sync_entry,
 )
+from cosmos_export.hashing import described_meanwhile
 from cosmos_export.model.capabilities import diagnostic_settings, entries_read
 from cosmos_export.model.loading import parameter_count
 from cosmos_export.onnx.signature import weights_file
@@ -34,6 +35,7 @@ from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import (
     MANIFEST_NAME,
     ONNX,
+    FileEntry,
     GraphSpec,
     Manifest,
     __version__,
@@ -98,23 +100,29 @@ def write_graph(
     *,
     external_from: int | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> dict[str, FileEntry]:
     """Writes one graph and its weights, tensor by tensor as they are read; those of fewer than `external_from` bytes
-    into the graph's file. `progress` hears of every tensor's bytes."""
+    into the graph's file. `progress` hears of every tensor's bytes.
+
+    Returns the size and hash of the file of weights, by its name; the manifest has them so without reading it again.
+    """
     import onnx_ir as ir  # which who opens a PyTorch program has no use for
 
     smallest = _EXTERNAL_FROM_BYTES if external_from is None else external_from
     sizes = [value.const_value.nbytes for g in model.graphs() for value in g.initializers.values() if value.const_value]
     total, progress = sum(size for size in sizes if size > smallest), progress or Silent()
-    with _unwrapped():
+    weights = weights_file(graph)
+    with _unwrapped(), described_meanwhile(folder / weights) as entry:
         ir.save(
             model,
             folder / file,
-            external_data=weights_file(graph),
+            external_data=weights,
             size_threshold_bytes=smallest,
             callback=lambda _, written: progress.wrote(written.offset, total),
         )
     progress.wrote(total, total)
+    described = entry.result()
+    return {} if described is None else {weights: described}
 
 
 @contextlib.contextmanager
@@ -146,13 +154,15 @@ def seal(
     graphs: Mapping[str, GraphSpec],
     causal: bool,
     capabilities: Sequence[str] | None = None,
+    described: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
     """Writes the manifest over every file of `folder`, with no parity result yet, and returns it.
 
-    `capabilities` are those of a model with heads; None is the plain decoder.
+    `capabilities` are those of a model with heads; None is the plain decoder. `described` are files that were hashed
+    while they were written.
     """
     files = {path.name: path for path in sorted(folder.iterdir()) if path.name != MANIFEST_NAME}
-    manifest = manifest_of(name, checkpoint, recipe, graphs, files, causal, capabilities)
+    manifest = manifest_of(name, checkpoint, recipe, graphs, files, causal, capabilities, described)
     check_graphs(folder, manifest)  # what this runtime would refuse is not worth shipping
     _write_manifest(folder, manifest)
     return manifest
@@ -166,8 +176,10 @@ def manifest_of(
     files: Mapping[str, Path],
     causal: bool,
     capabilities: Sequence[str] | None = None,
+    described: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
-    """What a manifest says of these graphs of a checkpoint, with no parity result; `files` by their names in it."""
+    """What a manifest says of these graphs of a checkpoint, with no parity result; `files` by their names in it, the
+    entries of some `described` already."""
     graph_files = [path for file, path in files.items() if file.endswith(".onnx")]
     return Manifest(
         name=name,
@@ -180,7 +192,7 @@ def manifest_of(
         generation=checkpoint.config.generation.to_dict(),
         graphs=dict(graphs),
         tokenizer=TOKENIZER if TOKENIZER in files else None,
-        files={file: describe_file(path) for file, path in files.items()},
+        files={file: (described or {}).get(file) or describe_file(path) for file, path in files.items()},
         parity=None,
         capabilities=_heads(checkpoint.config, capabilities),
         graph_format=recipe.format,

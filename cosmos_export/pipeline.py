@@ -5,6 +5,8 @@
 
 Nothing flows back: a later stage never edits an earlier one's object. The bundle is built beside its target and takes
 its place only when it has been proven, so a failed export leaves nothing behind.
+
+What an export may do without (verification, calibration, other formats) is imported where it is done.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cosmos_export.bundle import record_parity, seal, staged_folder, write_companions, write_graph
-from cosmos_export.calibration.calibrate import calibrate
 from cosmos_export.calibration.plan import MOST_PARAMETERS
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint_checks import check_tokenizer
@@ -23,21 +25,23 @@ from cosmos_export.errors import ParityError
 from cosmos_export.garbage import uncollected
 from cosmos_export.model.capabilities import capability_set
 from cosmos_export.model.loading import parameter_count
-from cosmos_export.onnx.decode_kernels import EXTERNAL_FROM_BYTES, why_not, write_decode_kernels
-from cosmos_export.onnx.device_loop import write_samplers
 from cosmos_export.onnx.fused_attention import HEAD_DIM_MULTIPLE
 from cosmos_export.onnx.genai import write_genai
 from cosmos_export.onnx.passes import run_passes
 from cosmos_export.onnx.signature import graph_spec
 from cosmos_export.onnx.trace import trace, traceable
 from cosmos_export.onnx.weights import attach_weights, require_weights
-from cosmos_export.parity.report import ParityReport
-from cosmos_export.parity.verify import Effort, verify_bundle
+from cosmos_export.parity.effort import Effort
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.stopwatch import CALIBRATING, SEALING, TRACING, VERIFYING, WRITING, Stopwatch
-from cosmos_export.torch_programs.torchscript import EXPLAINED
-from cosmos_runtime import DECODER, DEVICE_LOOP, ONNX, TORCHSCRIPT, GraphSpec, Manifest
+from cosmos_runtime import DECODER, DEVICE_LOOP, ONNX, TORCHSCRIPT, FileEntry, GraphSpec, Manifest
+
+if TYPE_CHECKING:
+    from cosmos_export.parity.report import ParityReport
+
+# The signatures of the graphs or programs, and what is known already of files: their sizes and hashes.
+_Written = tuple[dict[str, GraphSpec], dict[str, FileEntry]]
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ def export_bundle(
         manifest = _build(folder, out.name, checkpoint, recipe, causal, heads, progress, stopwatch)
         report = None
         if effort is not Effort.OFF:
+            from cosmos_export.parity.verify import verify_bundle
+
             with stopwatch.during(VERIFYING):
                 report = verify_bundle(
                     folder,
@@ -109,11 +115,11 @@ def _build(
     progress: Progress,
     stopwatch: Stopwatch,
 ) -> Manifest:
-    specs = _torch_program if recipe.format != ONNX else _onnx_graphs
-    graphs = specs(folder, checkpoint, recipe, causal, heads, progress, stopwatch)
+    written = _torch_program if recipe.format != ONNX else _onnx_graphs
+    graphs, described = written(folder, checkpoint, recipe, causal, heads, progress, stopwatch)
     progress.stage("Sealing the bundle")
     write_companions(folder, checkpoint)
-    return seal(folder, name, checkpoint, recipe, graphs, causal, heads)
+    return seal(folder, name, checkpoint, recipe, graphs, causal, heads, described)
 
 
 def _torch_program(
@@ -124,14 +130,16 @@ def _torch_program(
     heads: Sequence[str] | None,
     progress: Progress,
     stopwatch: Stopwatch,
-) -> dict[str, GraphSpec]:
+) -> _Written:
     from cosmos_export.torch_programs.build import write_torch_program
 
     if recipe.format == TORCHSCRIPT:
+        from cosmos_export.torch_programs.torchscript import EXPLAINED
+
         progress.note(EXPLAINED)
     progress.stage(f"Tracing and writing the {recipe.graphs[0]} program")
     with stopwatch.during(TRACING):
-        return write_torch_program(folder, checkpoint, recipe, causal=causal, capabilities=heads)
+        return write_torch_program(folder, checkpoint, recipe, causal=causal, capabilities=heads), {}
 
 
 def _onnx_graphs(
@@ -142,7 +150,7 @@ def _onnx_graphs(
     heads: Sequence[str] | None,
     progress: Progress,
     stopwatch: Stopwatch,
-) -> dict[str, GraphSpec]:
+) -> _Written:
     config, loop = checkpoint.config, DEVICE_LOOP in recipe.graphs
     fused = _fuses_attention(recipe, config, progress)
     model = traceable(config, recipe.activations, causal=causal, fused_attention=fused, capabilities=heads)
@@ -159,6 +167,7 @@ def _onnx_graphs(
         for graph in recipe.graphs
         if graph != DEVICE_LOOP
     }
+    described: dict[str, FileEntry] = {}
     for graph, spec in specs.items():
         progress.stage(f"Tracing the {graph} graph")
         with stopwatch.during(TRACING), uncollected():
@@ -166,19 +175,32 @@ def _onnx_graphs(
         attach_weights(program, checkpoint, recipe, heads, stopwatch)
         progress.stage(f"Writing {spec.file} and its weights")
         with stopwatch.during(WRITING):
-            smallest = EXTERNAL_FROM_BYTES if loop else None
-            write_graph(folder, graph, spec.file, program, external_from=smallest, progress=progress)
+            smallest = _smallest_apart(loop)
+            described |= write_graph(folder, graph, spec.file, program, external_from=smallest, progress=progress)
     if loop:
+        from cosmos_export.onnx.device_loop import write_samplers
+
         _write_kernels(folder, specs[DECODER].file, config, recipe, progress)
         specs |= write_samplers(folder, config)
     elif DECODER in specs and fused and heads is None:
         write_genai(folder, specs[DECODER].file, config)
-    return specs
+    return specs, described
+
+
+def _smallest_apart(loop: bool) -> int | None:
+    """From how many bytes on a weight lies outside the graph's file; None for what is usual."""
+    if not loop:
+        return None
+    from cosmos_export.onnx.decode_kernels import EXTERNAL_FROM_BYTES
+
+    return EXTERNAL_FROM_BYTES
 
 
 def _write_kernels(
     folder: Path, graph_file: str, config: CosmosAdvancedConfig, recipe: ExportRecipe, progress: Progress
 ) -> None:
+    from cosmos_export.onnx.decode_kernels import why_not, write_decode_kernels
+
     reason = why_not(config, recipe)
     if reason is None:
         write_decode_kernels(folder, graph_file, config, recipe)
@@ -214,6 +236,8 @@ def _calibrated(
             f"each block of weights is rounded by itself. Recipe cpu-int4-quick is made for that"
         )
     else:
+        from cosmos_export.calibration.calibrate import calibrate
+
         return replace(checkpoint, calibrated=calibrate(checkpoint, recipe, plan, text, progress, heads)), recipe
     return checkpoint, replace(recipe, calibration=None)
 

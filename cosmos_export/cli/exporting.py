@@ -105,10 +105,9 @@ def run_export(
 
     with uncollected():
         from cosmos_export.cli.stages import shown_progress
-        from cosmos_export.cli.terminal import print_report
         from cosmos_export.errors import ParityError
         from cosmos_export.model.capabilities import has_heads
-        from cosmos_export.parity.verify import Effort
+        from cosmos_export.parity.effort import Effort
         from cosmos_export.pipeline import export_bundle
         from cosmos_export.recipe import ExportRecipe
 
@@ -139,6 +138,8 @@ def run_export(
                 progress=progress,
             )
     except ParityError as error:
+        from cosmos_export.cli.terminal import print_report
+
         print_report(error.report, stderr=True)
         fail(f"{error}. Nothing was written to {target}")
 
@@ -149,6 +150,8 @@ def run_export(
         click.echo(json.dumps({"bundle": str(target), "parity": report, "seconds": seconds}, indent=2))
     else:
         if bundle.report:
+            from cosmos_export.cli.terminal import print_report
+
             print_report(bundle.report)
         click.echo(", ".join(f"{kind} {value:.1f} s" for kind, value in bundle.seconds.items() if value >= 0.05))
         click.echo(f"{target}: {proven}")
