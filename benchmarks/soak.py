@@ -44,6 +44,8 @@ SERIES = (
     Series("one caller", 1, {}),
     Series("32 callers", 32, {}),
     Series("32 callers, MALLOC_ARENA_MAX=2", 32, {"MALLOC_ARENA_MAX": "2"}),
+    # glibc counts the freed blocks that each thread keeps for itself among those that are allocated.
+    Series("32 callers, no thread caches", 32, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}),
 )
 
 
@@ -100,7 +102,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> bool:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    for row, colour in zip(rows, ("#1f6f54", "#c0653a", "#5b6bb0"), strict=True):
+    for row, colour in zip(rows, ("#1f6f54", "#c0653a", "#5b6bb0", "#8a6d1c"), strict=True):
         numbers = [reading["generation"] for reading in row["readings"]]
         for what, style in (("anonymous", ".-"), ("allocated", ":")):
             sizes = [reading[what] / MEBI for reading in row["readings"]]
@@ -143,7 +145,11 @@ def _run(series: Series, bundle: Path, generations: int, threads: int) -> dict[s
     done = subprocess.run(
         [*worker, *arguments], cwd=ROOT, env=variables, check=True, stdout=subprocess.PIPE, encoding="utf-8"
     )
-    found = json.loads(done.stdout)
+    return row_of(series, json.loads(done.stdout), generations)
+
+
+def row_of(series: Series, found: dict[str, Any], generations: int) -> dict[str, Any]:
+    """What a worker found, as the results have it."""
     readings = found["readings"]
     slopes = {what: dict(zip(("bytes", "error"), growth(readings, what), strict=True)) for what in MEASURED}
     steady = [r["anonymous"] for r in readings if r["generation"] > WARM_UP * generations]
