@@ -77,7 +77,8 @@ def export_bundle(
     out, progress = Path(out), progress or Silent()
     heads = None if capabilities is None else capability_set(capabilities)
     recipe.check_fits(checkpoint.config, causal=causal)
-    require_weights(checkpoint, heads)  # before anything is traced
+    with uncollected():  # what builds the first skeleton imports a good part of PyTorch
+        require_weights(checkpoint, heads)  # before anything is traced
     check_tokenizer(checkpoint.tokenizer, checkpoint.config.vocab_size)
     recipe = _for_heads(recipe, heads, progress)
     stopwatch = Stopwatch()
