@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cosmos_runtime.binding import Binding, check_room, item_size
+from cosmos_runtime.binding import HOST, Binding, check_room, item_size
 from cosmos_runtime.device_stream import DeviceArray, Stream
 from cosmos_runtime.diagnostics import nested_diagnostics
 from cosmos_runtime.errors import InputError
@@ -164,15 +164,16 @@ class HeadBinding:
         self._complete = diagnostics or Role.WANTS_SCORES not in self._names
         if Role.WANTS_SCORES in self._names:
             binding.bind_input(self._names[Role.WANTS_SCORES], np.array([self._complete]))
-        self._scores = self._bind_scores()
+        settings: Mapping[str, Any] = (manifest.capabilities or {}).get("settings", {})
+        scores = self._bind_scores()
+        self._diagnoses = [Diagnosis(scores, settings, row, complete=self._complete) for row in range(self._batch)]
         self._ends_call: bool | None = None
         for pair in state_pairs(graph):
             bank.bind(binding, pair, rows)
 
     def diagnosis(self, row: int = 0) -> Diagnosis:
         """What the last call that ended found of a row, counted from the first of `rows`; valid until the next one."""
-        settings: Mapping[str, Any] = (self._manifest.capabilities or {}).get("settings", {})
-        return Diagnosis(self._scores, settings, row, complete=self._complete)
+        return self._diagnoses[row]
 
     def prepare(self, stream: Stream, *, ends_call: bool = True) -> None:
         """To be called before a run. One that does not end a call gets a small memory for itself: what it writes there
@@ -181,9 +182,9 @@ class HeadBinding:
             self._bank.check_room(self._rows)
         if ends_call != self._ends_call:
             self._switch(ends_call, stream)
-        if Role.MEMORY_CALLS in self._names:
-            calls = self._bank.calls[self._rows] if ends_call else np.zeros(self._batch, np.int64)
-            self._binding.bind_input(self._names[Role.MEMORY_CALLS], np.ascontiguousarray(calls))
+            self._bind_calls(ends_call)
+        elif stream.device != HOST:  # which has a copy
+            self._bind_calls(ends_call)
 
     def done(self, *, ends_call: bool = True) -> None:
         """To be called after a run that succeeded."""
@@ -200,6 +201,11 @@ class HeadBinding:
             bank, rows = MemoryBank(self._graph, self._manifest, self._batch, 1, stream), slice(0, self._batch)
         for pair in state_pairs(self._graph, _MEMORY_PARTS):
             bank.bind(self._binding, pair, rows)
+
+    def _bind_calls(self, ends_call: bool) -> None:
+        if Role.MEMORY_CALLS in self._names:
+            calls = self._bank.calls[self._rows] if ends_call else np.zeros(self._batch, np.int64)
+            self._binding.bind_input(self._names[Role.MEMORY_CALLS], calls)
 
     def _bind_scores(self) -> dict[str, npt.NDArray[Any]]:
         given = [tensor for tensor in self._graph.outputs if tensor.role == Role.SCORE]

@@ -125,7 +125,7 @@ def _memory_nodes(model: ir.Model, operator: str) -> list[ir.Node]:
 
 def test_the_memory_is_written_after_all_that_read_it(fresh: ir.Model) -> None:
     model = run_passes(fresh.clone(), FP32)
-    for write in _memory_nodes(model, "ScatterElements"):
+    for write in _memory_nodes(model, "ScatterND"):
         state = write.inputs[0]
         assert state is not None
         assert state.is_graph_input()

@@ -2,8 +2,9 @@
 
     B  batch    D  dim    H  heads    d  D / H    C  concepts
 
-Keys of all heads are one matrix, and so are values. Each head is multiplied with all of them, and its own part is
-read of the result: for a few rows that costs no more than a product a head, and the keys can take a recipe's precision.
+Keys of all heads are one matrix. Each head's query is multiplied with all of them, and its own part is read of the
+result: for a few rows that costs no more than a product a head, and the keys can take a recipe's precision. Values, which
+no recipe rounds (see `cosmos_export.onnx.head_matrices`), are a matrix for each head.
 What depends on weights alone is computed once for inference (`freeze`): a frozen module holds the queries' projection
 and the concepts' keys and values as tables, and its forward pass reads neither the embeddings nor the packed
 projection. In training all of it is computed anew in each pass.
@@ -50,13 +51,27 @@ class FrozenLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class ConceptValues(nn.Module):
+    """What each head reads of the concepts; derived from weights, as in a `FrozenLinear`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+
+    weight: Tensor  # (H, C, d)
+
+    def forward(self, weights: Tensor) -> Tensor:
+        """Shares of the concepts (B, H, C) to their values' sums (B, H, d)."""
+        return (weights.transpose(0, 1) @ self.weight).transpose(0, 1)
+
+
 class SemanticMemory(nn.Module):
     """What the concepts that the input attends to make of it."""
 
-    # Where frozen: (D, D) with a bias, (H * C, d) and (D, C).
+    # Where frozen: (D, D) with a bias, (H * C, d) and (H, C, d).
     concept_query: FrozenLinear | None
     concept_keys: FrozenLinear | None
-    concept_values: FrozenLinear | None
+    concept_values: ConceptValues | None
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -71,18 +86,18 @@ class SemanticMemory(nn.Module):
         query, keys, values = self._tables()
         scores = _own(keys(query(x).unflatten(-1, (CONCEPT_HEADS, -1))))  # (B, H, C)
         weights = F.softmax(in_score_precision(scores), dim=-1).to(x.dtype)
-        attended = _own(values(weights)).flatten(1)  # (B, D)
+        attended = values(weights).flatten(1)  # (B, D)
         return self.knowledge_encoder(x + self.concept_attention.out_proj(attended))
 
-    def _tables(self) -> tuple[FrozenLinear, FrozenLinear, FrozenLinear]:
-        """Projections: of queries, onto the concepts' keys, and of weights onto their values."""
+    def _tables(self) -> tuple[FrozenLinear, FrozenLinear, ConceptValues]:
+        """Projections: of queries, onto the concepts' keys, and of shares onto their values."""
         if self.concept_query is not None and self.concept_keys is not None and self.concept_values is not None:
             return self.concept_query, self.concept_keys, self.concept_values
         query = FrozenLinear(self._derived("concept_query.weight"), self._derived("concept_query.bias"))
         return (
             query,
             FrozenLinear(self._derived("concept_keys.weight")),
-            FrozenLinear(self._derived("concept_values.weight")),
+            ConceptValues(self._derived("concept_values.weight")),
         )
 
     @property
@@ -121,8 +136,8 @@ class SemanticMemory(nn.Module):
 
 
 def _own(products: Tensor) -> Tensor:
-    """Of what each head made with the matrices of all heads (B, H, H * n), what it made with its own (B, H, n)."""
-    pairs = products.unflatten(-1, (CONCEPT_HEADS, -1)).flatten(1, 2)  # (B, H * H, n)
+    """Of what each head's query made with the keys of all heads (B, H, H * C), what it made with its own (B, H, C)."""
+    pairs = products.unflatten(-1, (CONCEPT_HEADS, -1)).flatten(1, 2)  # (B, H * H, C)
     return pairs[:, :: CONCEPT_HEADS + 1]  # the diagonal
 
 

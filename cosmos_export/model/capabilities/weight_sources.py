@@ -92,8 +92,8 @@ def concept_keys(embeddings: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def concept_values(embeddings: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Values of the concepts, a row for each channel: (D, C). Sources and precision as in `concept_keys`."""
-    return _projected(embeddings, weight, bias, third=2).flatten(1).T.to(embeddings.dtype).contiguous()
+    """Values of the concepts, of each head: (H, C, d). Sources and precision as in `concept_keys`."""
+    return _projected(embeddings, weight, bias, third=2).transpose(0, 1).to(embeddings.dtype).contiguous()
 
 
 def _projected(embeddings: Tensor, weight: Tensor, bias: Tensor, third: int) -> Tensor:

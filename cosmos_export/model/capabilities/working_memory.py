@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_export.errors import ConfigError
@@ -125,7 +126,8 @@ class WorkingMemory(nn.Module):
         similarity = (state.keys @ query[..., None]).transpose(1, 2)  # (B, 1, M)
         best = torch.where(filled, in_score_precision(similarity), _EMPTY).topk(self.entries_read, dim=-1)
         weights = distribution(best.values).to(x.dtype)  # (B, 1, k)
-        found = state.values.gather(1, best.indices.transpose(1, 2).expand(-1, -1, x.shape[-1]))  # (B, k, D)
+        places = best.indices.squeeze(1) + state.values.shape[1] * _rows(x)[:, None]  # in all rows' entries
+        found = F.embedding(places, state.values.flatten(0, 1))  # (B, k, D)
         remembered = (weights @ found).squeeze(1)
         return torch.where(state.calls[:, None] > 0, remembered, 0.0)
 
@@ -147,10 +149,15 @@ class WorkingMemory(nn.Module):
     def _store(self, x: Tensor, state: MemoryState) -> MemoryState:
         # A tensor: ONNX has no modulo by a dynamic axis.
         capacity = torch.full((), state.keys.shape[1], dtype=torch.int64, device=x.device)
-        slot = (state.calls % capacity)[:, None, None].expand(-1, 1, x.shape[-1])  # (B, 1, D)
-        keys = state.keys.scatter(1, slot, _unit(self.key_proj(x))[:, None])
-        values = state.values.scatter(1, slot, self.value_proj(x)[:, None])
+        slots = (_rows(x), state.calls % capacity)  # one of each row
+        keys = state.keys.index_put(slots, _unit(self.key_proj(x)))
+        values = state.values.index_put(slots, self.value_proj(x))
         return MemoryState(keys, values, state.calls + 1)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The numbers of the rows of x (B, D): (B,)."""
+    return torch.arange(x.shape[0], device=x.device)
 
 
 def _unit(x: Tensor) -> Tensor:

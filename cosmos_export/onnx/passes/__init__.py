@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from cosmos_export.onnx.passes.compute_in_branches import ComputeInBranches
 from cosmos_export.onnx.passes.fuse_skip_norm import FuseSkipNorm
 from cosmos_export.onnx.passes.multiply_by_rows import MultiplyByRows
 from cosmos_export.onnx.passes.name_by_module import NameByModule
@@ -24,6 +25,7 @@ from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import DEVICE_LOOP
 
 __all__ = [
+    "ComputeInBranches",
     "FuseSkipNorm",
     "MultiplyByRows",
     "NameByModule",
@@ -49,6 +51,6 @@ def _passes(recipe: ExportRecipe) -> list[ir.passes.InPlacePass]:
     # The passes that deal with the tied table come first: the transposes they leave are of matrices nothing else reads.
     common = [NameByModule(), QuantizeEmbedding(recipe), ShareTiedProjection(), StoreTransposed(), WriteMemoryLast()]
     fused = [PackProjections(), FuseSkipNorm()] if recipe.dialect == "ort" else []
-    branches = [ScoresOnDemand(), SkipUnchosen()] if recipe.branches else []
+    branches = [ScoresOnDemand(), SkipUnchosen(), ComputeInBranches()] if recipe.branches else []
     by_rows = [MultiplyByRows()] if DEVICE_LOOP in recipe.graphs else []
     return [*common, *fused, *branches, QuantizeProjections(recipe), QuantizeHeads(recipe), *by_rows]

@@ -10,12 +10,12 @@ from cosmos_export.errors import ExportError
 class WriteMemoryLast(ir.passes.InPlacePass):
     """Entries are written into the memory only when it has been read.
 
-    Before:  read = MatMul(weights, GatherElements(values, best))    ScatterElements(values, Expand(slot, shape), new)
-    After:   the same, with Expand(slot, Shape(read))
+    Before:  read = MatMul(weights, Gather(Reshape(values), best))     ScatterND(values, slots, new)       slots (B, 2)
+    After:   the same, with Expand(slots, Shape(read)[:2])             read (B, 1, D)
 
     A call reads the entries before it and then puts its own where the oldest was. Where a caller has one buffer as the
     memory that goes in and the one that comes out, the write changes what a later read would see, and a graph has no
-    order but that of its data: so the write takes its shape, which is the same, from what was read.
+    order but that of its data: so the slots take their shape, which they have already, from what was read.
     Raises ExportError where some reader of a memory that is written is still free to come after the write.
     """
 
@@ -33,7 +33,7 @@ class WriteMemoryLast(ir.passes.InPlacePass):
 
 def _overwrites_what_is_read(node: ir.Node) -> bool:
     """Whether `node` gives a graph input with some elements replaced, to be a graph output, and others read it, too."""
-    state = node.inputs[0] if node.domain == "" and node.op_type == "ScatterElements" else None
+    state = node.inputs[0] if node.domain == "" and node.op_type == "ScatterND" else None
     if state is None or not state.is_graph_input() or not node.outputs[0].is_graph_output():
         return False
     return bool(_other_readers(node, state))
@@ -46,25 +46,28 @@ def _other_readers(write: ir.Node, state: ir.Value) -> list[ir.Node]:
 
 def _order(graph: ir.Graph, write: ir.Node) -> bool:
     """Lets `write` depend on what was read of the memory; False where it does so already, or cannot."""
-    expand = write.inputs[1].producer() if write.inputs[1] is not None else None
-    read = _what_was_read(graph)
-    if expand is None or expand.op_type != "Expand" or read is None or _depends(expand, read):
+    slots, read = write.inputs[1], _what_was_read(graph)
+    if slots is None or slots.shape is None or len(slots.shape) != 2 or read is None or _depends(write, read):
         return False
-    shape = ir.node("Shape", [read.outputs[0]], name=f"{read.name}/Shape")
-    shape.outputs[0].type, shape.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([3])
-    graph.insert_after(read, shape)
-    expand.replace_input_with(1, shape.outputs[0])
+    shape = ir.node("Shape", [read.outputs[0]], {"end": 2}, name=f"{write.name}/Shape")
+    shape.outputs[0].type, shape.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([2])
+    expand = ir.node("Expand", [slots, shape.outputs[0]], name=f"{write.name}/Expand")
+    expand.outputs[0].type, expand.outputs[0].shape = slots.type, slots.shape
+    graph.insert_before(write, [shape, expand])
+    write.replace_input_with(1, expand.outputs[0])
     return True
 
 
 def _what_was_read(graph: ir.Graph) -> ir.Node | None:
     """The product that sums up entries which were gathered from a state."""
     for node in graph:
-        if node.op_type == "MatMul" and node.inputs[1] is not None:
-            gather = node.inputs[1].producer()
-            entries = gather.inputs[0] if gather is not None and gather.op_type == "GatherElements" else None
-            if entries is not None and entries.is_graph_input():
-                return node
+        gather = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
+        if gather is None or gather.op_type != "Gather" or gather.inputs[0] is None:
+            continue
+        table = gather.inputs[0].producer()
+        entries = table.inputs[0] if table is not None and table.op_type == "Reshape" else None
+        if entries is not None and entries.is_graph_input():
+            return node
     return None
 
 
