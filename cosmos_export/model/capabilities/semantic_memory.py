@@ -3,8 +3,8 @@
     B  batch    D  dim    H  heads    d  D / H    C  concepts
 
 Keys of all heads are one matrix. Each head's query is multiplied with all of them, and its own part is read of the
-result: for a few rows that costs no more than a product a head, and the keys can take a recipe's precision. Values, which
-no recipe rounds (see `cosmos_export.onnx.head_matrices`), are a matrix for each head.
+result: for a few rows that costs no more than a product a head, and the keys can take a recipe's precision. Values,
+which no recipe rounds (see `cosmos_export.onnx.head_matrices`), are a matrix for each head.
 What depends on weights alone is computed once for inference (`freeze`): a frozen module holds the queries' projection
 and the concepts' keys and values as tables, and its forward pass reads neither the embeddings nor the packed
 projection. In training all of it is computed anew in each pass.

@@ -14,8 +14,8 @@ class ComputeInBranches(ir.passes.InPlacePass):
     After:   s = If(wanted) {q1 = Gemm(x, W, b); Sigmoid(q1)} else {none}
              y = If(again) {q2 = Gemm(x, W, b); Add(x, q2)} else {x}
 
-    Where no branch is taken it is not computed, and where both are it is computed twice: branches are for what is seldom
-    wanted (see `SkipUnchosen` and `ScoresOnDemand`).
+    Where no branch is taken it is not computed, and where both are it is computed twice: branches are for what is
+    seldom wanted (see `SkipUnchosen` and `ScoresOnDemand`).
     What both branches of one If read is left alone: it is computed in any case.
     """
 
