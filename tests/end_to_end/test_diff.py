@@ -26,7 +26,7 @@ from cosmos_export.model.attention import FullSequenceAttention
 from cosmos_export.model.loading import random_checkpoint, skeleton
 from cosmos_export.onnx.passes import run_passes
 from cosmos_export.onnx.signature import graph_spec
-from cosmos_export.onnx.trace import trace
+from cosmos_export.onnx.trace import trace_whole
 from cosmos_export.onnx.weights import attach_weights
 from cosmos_export.parity.diff import Diff, Setting, diff_bundle
 from cosmos_export.parity.reproduction import write_reproduction
@@ -223,7 +223,7 @@ def _traced(
     spec = graph_spec("full_sequence", checkpoint.config, recipe.opset)
     with monkeypatch.context() as patched:
         patched.setattr(FullSequenceAttention, "__call__", mutated)
-        program = trace(skeleton(checkpoint.config), "full_sequence", spec)
+        program = trace_whole(skeleton(checkpoint.config), "full_sequence", spec)
     program = run_passes(program, recipe)
     attach_weights(program, checkpoint, recipe)
     bundles.write_graph(folder, "full_sequence", spec.file, program)
