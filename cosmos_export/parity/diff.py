@@ -27,6 +27,7 @@ from cosmos_export.parity.calibrated import with_stored_levels
 from cosmos_export.parity.gates import LOGIT_GATES, Arithmetic, Verdict, judge
 from cosmos_export.parity.layer_steps import StepResult, StepRun, compare_steps
 from cosmos_export.parity.layered import LayerComparison, PieceRun, in_arithmetic
+from cosmos_export.parity.layered_heads import HeadRun
 from cosmos_export.parity.report import Measurement, PieceResult, gate_share
 from cosmos_export.parity.reporting import capabilities_of
 from cosmos_export.parity.slice_runs import open_slice
@@ -155,7 +156,7 @@ class Fault:
 
     what: str
     comparison: ObservedComparison
-    run: PieceRun
+    run: PieceRun | HeadRun
     step: StepRun | None
     case: str
     measurement: Measurement
@@ -242,6 +243,10 @@ class ObservedComparison(LayerComparison):
             else:
                 what = f"{run.name}, {wrong.step.name}"
                 self.fault = Fault(what, self, run, runs[wrong.step], wrong.case, wrong.measurement)
+
+    def observe_head(self, run: HeadRun) -> None:
+        result = self.pieces[-1]
+        self.fault = self.fault or Fault(run.piece, self, run, None, result.case, result.measurement)
 
     def values(self) -> list[str]:
         """The graph's values at the borders, piece by piece."""

@@ -190,7 +190,7 @@ class LayerComparison:
         """Is told of every piece when it has been judged, while its tensors are in memory."""
 
     def observe_head(self, run: HeadRun) -> None:
-        """The same of every piece of the heads."""
+        """Is told of every head that is wrong."""
 
     # Pieces
 

@@ -83,12 +83,13 @@ class _Chain:
 
 @dataclass(frozen=True)
 class HeadRun:
-    """What one piece of the heads computed alone in one arithmetic, of all rows (N, ...) by the graph's names."""
+    """One piece of the heads that was run alone, on the rows of one case: its slice, what it is fed with, and what it
+    should have given, by the graph's names."""
 
-    piece: HeadPiece
+    piece: str
     arithmetic: Arithmetic
     slice: ModelProto
-    taken: dict[str, NDArray[Any]]
+    taken: dict[str, Any]
     expected: dict[str, NDArray[Any]]
 
 
@@ -196,7 +197,8 @@ class HeadComparison:
             chosen = self._choices(piece, weights, rounded, torch.float64)
             usually = self._choices(piece, weights, rounded, dtype, rounding)
             self._judge(piece, chain.arithmetic, actual, alone, usual, chosen, usually)
-            self.layers.observe_head(self._as_run(piece, chain.arithmetic, slice_, rounded, alone))
+            if self.layers.pieces[-1].verdict is Verdict.FAIL:
+                self.layers.observe_head(self._as_run(piece, chain.arithmetic, slice_, rounded, actual, alone))
             taken = self._through(piece, chain.eager, eager)
             chain.eager.choices = self._choices(piece, weights, taken, dtype, rounding) or chain.eager.choices
             self._through(piece, chain.bundle, run, of_graph=True)
@@ -339,12 +341,26 @@ class HeadComparison:
         arithmetic: Arithmetic,
         slice_: ModelProto,
         given: Sequence[Values],
+        actual: Sequence[Values],
         exact: Sequence[Values],
     ) -> HeadRun:
-        """Of the first case, which is one of several rows."""
-        taken = {piece.takes[n]: array_of(v) for n, v in in_type(given[0], torch.float32).items() if n in piece.takes}
-        expected = {value: array_of(exact[0][name]) for name, value in piece.gives.items()}
-        return HeadRun(piece, arithmetic, slice_, taken, expected)
+        """Of the case whose rows are furthest from float64, the number that was judged; where a decision was, all
+        scores."""
+        worst = self.layers.pieces[-1].measurement.positions
+        names = [worst] if worst in piece.gives else list(piece.scores)
+        errors = [sum(_distance(a[name], e[name]) for name in names) for a, e in zip(actual, exact, strict=True)]
+        at = int(np.argmax(errors))
+        taken, rows = given[at], one_token_each(len(exact[at][names[0]]))
+        state: dict[str, Any] = {piece.takes[n]: array_of(v.float()) for n, v in taken.items() if v.is_floating_point()}
+        state |= {piece.takes[name]: array_of(v) for name, v in taken.items() if not v.is_floating_point()}
+        inputs = {value.name: value for value in slice_.graph.input}
+        feed = self.layers.runner.feed_of(list(inputs), rows, rows.pieces[0], {}, state)
+        expected = {piece.gives[name]: array_of(exact[at][name]).astype(np.float64) for name in names}
+        return HeadRun(piece.name, arithmetic, slice_, feed, expected)
+
+
+def _distance(actual: Tensor, exact: Tensor) -> float:
+    return float((actual.double() - exact.double()).abs().nan_to_num(torch.inf).max())
 
 
 def _worst(compared: RowComparison) -> tuple[str, Measurement]:

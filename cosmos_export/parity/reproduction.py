@@ -17,9 +17,11 @@ from onnx import ModelProto, TensorProto
 from cosmos_export.errors import TargetError
 from cosmos_export.onnx.slices import stored_array
 from cosmos_export.parity import metrics
+from cosmos_export.parity.arithmetic import in_arithmetic
 from cosmos_export.parity.diff import Fault
 from cosmos_export.parity.layer_cases import LayerCase, Piece
-from cosmos_export.parity.layered import in_arithmetic
+from cosmos_export.parity.layered import PieceRun
+from cosmos_export.parity.layered_heads import HeadRun
 from cosmos_export.parity.slice_runs import open_slice, with_float32_ends
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
@@ -69,13 +71,15 @@ def _piece(fault: Fault) -> tuple[ModelProto, dict[str, Any], dict[str, NDArray[
     """The slice, and of the case that is furthest beyond its gate the run with the largest error: (model, inputs,
     expected outputs). A step finds float64's own keys and values in its cache."""
     comparison, run, step = fault.comparison, fault.run, fault.step
+    if isinstance(run, HeadRun):
+        return in_arithmetic(run.slice, run.arithmetic), run.taken, run.expected
     at = next(i for i, case in enumerate(comparison.cases) if case.name == fault.case)
     case, runner = comparison.cases[at], comparison.runner
     if step is not None:
         slice_, given, expected, cached = step.slice, step.taken[at], step.expected[at], step.cached[at]
     else:
-        given = {_input_of(fault): run.inputs[at].float().numpy()} if run.inputs else {}
-        slice_, expected, cached = run.slice, {_output_of(fault): run.exact[at].numpy()}, []
+        given = {_input_of(fault, run): run.inputs[at].float().numpy()} if run.inputs else {}
+        slice_, expected, cached = run.slice, {_output_of(fault, run): run.exact[at].numpy()}, []
     model = in_arithmetic(slice_, run.arithmetic)
     session = open_slice(model, comparison.graph.folder, provider=comparison.provider)
     fed: list[tuple[Piece, dict[str, Any]]] = []
@@ -108,13 +112,13 @@ def _largest(actual: NDArray[Any], expected: NDArray[Any]) -> float:
     return metrics.max_abs_error(actual[asked], expected[asked])
 
 
-def _input_of(fault: Fault) -> str:
-    graph, layer = fault.comparison.graph, fault.run.layer
+def _input_of(fault: Fault, run: PieceRun) -> str:
+    graph, layer = fault.comparison.graph, run.layer
     return graph.hidden[-1 if layer is None else layer]
 
 
-def _output_of(fault: Fault) -> str:
-    graph, run = fault.comparison.graph, fault.run
+def _output_of(fault: Fault, run: PieceRun) -> str:
+    graph = fault.comparison.graph
     if run.layer is not None:
         return graph.hidden[run.layer + 1]
     return fault.comparison.values()[-1 if run.inputs else 0]

@@ -157,9 +157,14 @@ class CaseRunner:
     ) -> dict[str, Any]:
         """What a piece of a case feeds a slice with: its part of `given`, values (B, T, ...), `state` as it is, and the
         rest by roles. A run of a graph with capability heads ends a call, and wants its scores."""
+        return self.feed_of([value.name for value in session.get_inputs()], case, piece, given, state)
+
+    def feed_of(
+        self, inputs: Sequence[str], case: LayerCase, piece: Piece, given: dict[str, Array], state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The same for inputs of these names."""
         feed: dict[str, Any] = {}
-        for value in session.get_inputs():
-            name = value.name
+        for name in inputs:
             if name in given:
                 feed[name] = _rows(given[name], piece)
             elif name in state:

@@ -397,6 +397,27 @@ def test_the_backbone_under_capability_heads_is_compared(lively_checkpoint, live
     assert found.report.heads_chained
 
 
+def _without_largest(graph: GraphProto) -> None:
+    """The working memory reads what is least like the input."""
+    attribute_of(nodes_of(graph, "TopK")[0], "largest").i = 0
+
+
+@pytest.mark.parametrize("recipe", ["cpu-fp32", "fp32"])
+def test_a_fault_of_a_head_is_named(recipe, lively_bundle, lively_checkpoint, tmp_path):
+    found = diff(with_graph_fault(lively_bundle(recipe), tmp_path, _without_largest), lively_checkpoint)
+    assert named(found) == ("working memory", None)
+    assert wrong_alone(found) == {"working memory"}
+    assert found.report.first_in_graph is not None
+    assert found.report.first_in_graph.name == "working memory"
+    assert "working memory is wrong" in found.report.summary()
+    assert found.fault is not None
+    write_reproduction(tmp_path / "reproduction", found.fault)
+    shutil.rmtree(tmp_path / "faulty")
+    ran = _reproduce(tmp_path / "reproduction")
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "working memory: WRONG" in ran.stdout
+
+
 def test_a_pytorch_program_is_refused_with_what_to_do(checkpoint, tmp_path):
     bundle = export_bundle(checkpoint, tmp_path / "out", ExportRecipe.load("torchscript-fp32"), effort=Effort.OFF)
     with pytest.raises(ParityUnavailableError, match="cosmos-export onnx"):
