@@ -228,7 +228,7 @@ def _calibrated(
     plan = recipe.calibration
     if plan is None:
         return checkpoint, recipe
-    parameters = parameter_count(checkpoint.config)
+    parameters = parameter_count(checkpoint.config, heads)
     if checkpoint.origin.get("kind") == "preset":
         progress.note("random weights write no text: the weights are rounded without a calibration")
     elif parameters > MOST_PARAMETERS:
