@@ -9,6 +9,7 @@ takes a third of a second. So one is traced, and copied for each that the model 
 What layers share (positions, rotary angles, a mask, shapes), the optimizer leaves in a whole trace to the first that
 needs it, where the others read it; and so do copies. The result is what a whole trace gives, node for node and
 initializer for initializer, but for names that mean nothing and for which input is asked how long an axis is.
+A layer whose computation followed from its number would be lost here: verification finds that, as the model has it.
 """
 
 from __future__ import annotations
