@@ -200,6 +200,17 @@ def in_positions(logits: NDArray) -> Numbers:
     return {name: logits[part] for name, part in POSITIONS.items()}
 
 
+def worst_of(compared: RowComparison) -> tuple[str, Measurement]:
+    """What is nearest to its gate, or furthest beyond it, and what that is."""
+    found = ((f"{m.positions} of {len(compared.rows)} calls", m) for m in compared.measurements())
+    return max(found, key=nearness)
+
+
+def nearness(found: tuple[str, Measurement]) -> tuple[bool, float]:
+    """How near a measurement, with what it is of, is to its gate: a failure first, whatever its error."""
+    return found[1].verdict is Verdict.FAIL, gate_share(found[1])
+
+
 def _largest_error(pairs: Iterable[tuple[NDArray, NDArray]]) -> float:
     """Of (given, expected) pairs; 0 where there is none."""
     return max((metrics.max_abs_error(given, expected.astype(np.float64)) for given, expected in pairs), default=0.0)

@@ -17,7 +17,6 @@ from torch import Tensor
 from cosmos_export.onnx.slices import LayerSteps
 from cosmos_export.parity import metrics
 from cosmos_export.parity.gates import PIECE_GATES, Arithmetic, Verdict, judge
-from cosmos_export.parity.layer_cases import LayerCase
 from cosmos_export.parity.layered import LayerComparison, PieceRun, in_arithmetic, lanes_of, torch_type
 from cosmos_export.parity.report import Measurement, gate_share
 from cosmos_export.parity.slice_runs import open_slice
@@ -103,9 +102,9 @@ def compare_steps(comparison: LayerComparison, run: PieceRun) -> tuple[list[Step
             [x[i].double().numpy() for x in (exact.keys, exact.cached_values)] if caches else [] for i in exact.cases
         ]
         runs[step] = StepRun(step, model, taken, expected, cached)
-        results += [_worst(step, name, _measured(comparison, name, found, exact, eager, run)) for name in step.gives]
+        results += [_result(comparison, run, step, n, _given(n, found, exact, eager)) for n in step.gives]
         results += [
-            _worst(step, f"cached {part}", _of_cache(comparison, name, part, found, exact, eager, run))
+            _result(comparison, run, step, f"cached {part}", _cached(comparison, name, part, found, exact, eager))
             for part, name in zip(("keys", "values"), caches, strict=False)
         ]
     return results, runs
@@ -164,47 +163,36 @@ def _side_by_side(parts: dict[str, list[Tensor]], named: Iterator[tuple[str, Ten
     return {name: torch.cat(tensors, dim=-1) for name, tensors in parts.items()}
 
 
-def _measured(
-    comparison: LayerComparison,
-    name: str,
-    found: Sequence[Mapping[str, NDArray]],
-    exact: _Inside,
-    eager: _Inside,
-    run: PieceRun,
-) -> Iterator[tuple[LayerCase, Measurement]]:
-    for i, case in enumerate(comparison.cases):
-        computed = case.computed
-        values = (found[i][name][computed], exact.values[name][i][computed], eager.values[name][i][computed])
-        yield case, _measure(run.arithmetic, *values)
+Found = Sequence[Mapping[str, NDArray]]
+# Of one case, (B, T, ...) each: what the slice gave, what float64 does, and the eager model.
+Values = Iterator[tuple[NDArray, NDArray, NDArray]]
 
 
-def _of_cache(
-    comparison: LayerComparison,
-    name: str,
-    part: str,
-    found: Sequence[Mapping[str, NDArray]],
-    exact: _Inside,
-    eager: _Inside,
-    run: PieceRun,
-) -> Iterator[tuple[LayerCase, Measurement]]:
+def _given(name: str, found: Found, exact: _Inside, eager: _Inside) -> Values:
+    yield from zip((values[name] for values in found), exact.values[name], eager.values[name], strict=True)
+
+
+def _cached(comparison: LayerComparison, name: str, part: str, found: Found, exact: _Inside, eager: _Inside) -> Values:
+    """Keys or values (B, T, K, E) of the cases' tokens, as they lie in the cache."""
     for i, case in enumerate(comparison.cases):
-        rows = case.computed
-        both = [
-            (x.keys if part == "keys" else x.cached_values)[i].double().numpy()[:, case.past :] for x in (exact, eager)
-        ]
-        stored = np.moveaxis(found[i][name], 1, 2)[:, case.past : case.length]  # (B, T, K, E)
-        yield case, _measure(run.arithmetic, stored[rows], both[0][rows], both[1][rows])
+        both = [(x.keys if part == "keys" else x.cached_values)[i].double().numpy() for x in (exact, eager)]
+        stored = np.moveaxis(found[i][name], 1, 2)[:, case.past : case.length]
+        yield stored, both[0][:, case.past :], both[1][:, case.past :]
+
+
+def _result(comparison: LayerComparison, run: PieceRun, step: Step, value: str, values: Values) -> StepResult:
+    """Of the case that is nearest to its gate."""
+    measured = [
+        (case.name, _measure(run.arithmetic, *(array[case.computed] for array in arrays)))
+        for case, arrays in zip(comparison.cases, values, strict=True)
+    ]
+    return StepResult(step, value, *max(measured, key=lambda pair: gate_share(pair[1])))
 
 
 def _measure(arithmetic: Arithmetic, actual: NDArray, exact: NDArray, eager: NDArray) -> Measurement:
     error, eager_error = metrics.max_abs_error(actual, exact), metrics.max_abs_error(eager, exact)
     allowed = PIECE_GATES[arithmetic].allowed(eager_error, metrics.value_range(exact))
     return Measurement("all", error, eager_error, allowed, judge(error, allowed, None))
-
-
-def _worst(step: Step, value: str, measured: Iterator[tuple[LayerCase, Measurement]]) -> StepResult:
-    case, measurement = max(measured, key=lambda pair: gate_share(pair[1]))
-    return StepResult(step, value, case.name, measurement)
 
 
 def _once(*names: str) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ from cosmos_export.parity.arithmetic import in_arithmetic, torch_type
 from cosmos_export.parity.gates import LOGIT_GATES, Arithmetic, Verdict
 from cosmos_export.parity.head_cases import HeadCase, build_head_cases, token_by_token
 from cosmos_export.parity.head_logits import HeadLogits
-from cosmos_export.parity.head_rows import Numbers, Row, RowComparison, in_positions, rows_of
+from cosmos_export.parity.head_rows import Numbers, Row, RowComparison, in_positions, nearness, rows_of, worst_of
 from cosmos_export.parity.head_streams import (
     Compute,
     Stream,
@@ -59,7 +59,7 @@ from cosmos_export.parity.head_streams import (
 from cosmos_export.parity.heads_reference import Choice
 from cosmos_export.parity.layer_cases import one_token_each
 from cosmos_export.parity.quality import Prediction
-from cosmos_export.parity.report import CaseResult, Measurement, PieceResult, gate_share
+from cosmos_export.parity.report import CaseResult, Measurement, PieceResult
 from cosmos_export.parity.slice_runs import open_slice
 from cosmos_export.parity.streamed_heads import RoundInput, StreamedHeads
 from cosmos_export.parity.streamed_model import Matrix
@@ -184,27 +184,40 @@ class HeadComparison:
         self.exact.choices = exact_choices or self.exact.choices
         if piece.name != WORKING:
             given = [*given, drawn(given, _DRAWN_ROWS, piece.takes)]
+        exact: dict[torch.dtype, list[Values]] = {}  # what float64 makes of inputs that were rounded to a type
         for chain in self.chains:
             dtype = torch_type(chain.arithmetic)
-            rounding = self.layers.rounding_in(chain.arithmetic)
-            eager = self._eager(piece, weights, dtype, rounding)
             rounded = [in_type(values, dtype) for values in given]
-            alone = self._each(piece, self._eager(piece, weights, torch.float64), rounded)
-            usual = self._each(piece, eager, rounded)
-            session = self._open(slice_, chain.arithmetic)
-            run = self._slice(session, piece)
-            actual = self._each(piece, run, [in_type(values, torch.float32) for values in rounded])
-            chosen = self._choices(piece, weights, rounded, torch.float64)
-            usually = self._choices(piece, weights, rounded, dtype, rounding)
-            self._judge(piece, chain.arithmetic, actual, alone, usual, chosen, usually)
-            if self.layers.pieces[-1].verdict is Verdict.FAIL:
-                self.layers.observe_head(self._as_run(piece, chain.arithmetic, slice_, rounded, actual, alone))
-            taken = self._through(piece, chain.eager, eager)
-            chain.eager.choices = self._choices(piece, weights, taken, dtype, rounding) or chain.eager.choices
-            self._through(piece, chain.bundle, run, of_graph=True)
+            if dtype not in exact:
+                exact[dtype] = self._each(piece, self._eager(piece, weights, torch.float64), rounded)
+            self._head_in(chain, piece, slice_, weights, rounded, exact[dtype])
         if self.original.cases:
             before = self.layers.weights.original(names)
             self._through(piece, self.original, self._eager(piece, before, torch.float32))
+
+    def _head_in(
+        self,
+        chain: _Chain,
+        piece: HeadPiece,
+        slice_: ModelProto,
+        weights: Mapping[str, Matrix],
+        given: Sequence[Values],
+        exact: Sequence[Values],
+    ) -> None:
+        """A head in one arithmetic: alone on `given`, of which float64 makes `exact`, and in the chain."""
+        dtype, rounding = torch_type(chain.arithmetic), self.layers.rounding_in(chain.arithmetic)
+        eager = self._eager(piece, weights, dtype, rounding)
+        run = self._slice(self._open(slice_, chain.arithmetic), piece)
+        actual = self._each(piece, run, [in_type(values, torch.float32) for values in given])
+        chosen = self._choices(piece, weights, given, torch.float64)
+        usually = self._choices(piece, weights, given, dtype, rounding)
+        usual = self._each(piece, eager, given)
+        self._judge(piece, chain.arithmetic, actual, exact, usual, chosen, usually)
+        if self.layers.pieces[-1].verdict is Verdict.FAIL:
+            self.layers.observe_head(self._as_run(piece, chain.arithmetic, slice_, given, actual, exact))
+        taken = self._through(piece, chain.eager, eager)
+        chain.eager.choices = self._choices(piece, weights, taken, dtype, rounding) or chain.eager.choices
+        self._through(piece, chain.bundle, run, of_graph=True)
 
     def _eager(
         self,
@@ -265,13 +278,13 @@ class HeadComparison:
         for chain in self.chains:
             session = self._open(slice_, chain.arithmetic)
             alone = logits.alone(session, self.exact, chain.arithmetic)
-            self.layers.pieces.append(PieceResult(piece.name, chain.arithmetic, *max(alone, key=_nearness)))
+            self.layers.pieces.append(PieceResult(piece.name, chain.arithmetic, *max(alone, key=nearness)))
             rounding = self.layers.rounding_in(chain.arithmetic)
             eager = logits.eager(chain.eager, torch_type(chain.arithmetic), rounding)
             ran = logits.of_bundle(session, chain.bundle)
             rows = [self._rows_of_chain(chain, at, ran[at], exact[at], eager[at]) for at in range(len(exact))]
             everything = [row for of_case in rows for row in of_case]
-            self.in_chain[piece.name, chain.arithmetic] = _worst(RowComparison(chain.arithmetic, everything))
+            self.in_chain[piece.name, chain.arithmetic] = worst_of(RowComparison(chain.arithmetic, everything))
             self.results += self._end_to_end(chain.arithmetic, rows)
         if self.original.cases:  # of the bundle as it runs, whose chain is the last
             self._predict(ran[len(exact) :], logits.eager(self.original, torch.float32, weights=self.original_weights))
@@ -293,7 +306,7 @@ class HeadComparison:
         for at, found in enumerate(zip(actual, exact, eager, strict=True)):
             pair = (chosen[at], usually[at]) if chosen else (None, None)
             rows += _rows(list(piece.gives), piece.scores, found, pair)
-        case, worst = _worst(RowComparison(arithmetic, rows, vectors=_vectors(piece)))
+        case, worst = worst_of(RowComparison(arithmetic, rows, vectors=_vectors(piece)))
         self.layers.pieces.append(PieceResult(piece.name, arithmetic, case, worst))
 
     def _note_chain(self, piece: HeadPiece, chain: _Chain) -> None:
@@ -304,7 +317,7 @@ class HeadComparison:
             found = [bundle, self.exact.values[at], chain.eager.values[at]]
             rows += _rows(list(piece.gives), piece.scores, found, (self.exact.choices[at], chain.eager.choices[at]))
         compared = RowComparison(chain.arithmetic, rows, vectors=_vectors(piece), vector_gates=LOGIT_GATES)
-        self.in_chain[piece.name, chain.arithmetic] = _worst(compared)
+        self.in_chain[piece.name, chain.arithmetic] = worst_of(compared)
 
     def _rows_of_chain(
         self, chain: _Chain, at: int, actual: list[NDArray], exact: list[NDArray], eager: list[NDArray]
@@ -361,16 +374,6 @@ class HeadComparison:
 
 def _distance(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact.double()).abs().nan_to_num(torch.inf).max())
-
-
-def _worst(compared: RowComparison) -> tuple[str, Measurement]:
-    """What is nearest to its gate, or furthest beyond it, and what that is."""
-    found = ((f"{m.positions} of {len(compared.rows)} calls", m) for m in compared.measurements())
-    return max(found, key=_nearness)
-
-
-def _nearness(found: tuple[str, Measurement]) -> tuple[bool, float]:
-    return found[1].verdict is Verdict.FAIL, gate_share(found[1])
 
 
 def _vectors(piece: HeadPiece) -> list[str]:
