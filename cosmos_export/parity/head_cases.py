@@ -19,7 +19,7 @@ from cosmos_export.parity.layer_cases import LayerCase, Piece
 # A graph that sees whole sequences has so many calls in a row, each a token longer: more than the memory reads entries.
 GROWING_CALLS = 9
 # Into a memory that is full, with as many slots as the model has, few calls show how the oldest entry goes.
-CALLS_WHEN_FULL = 3
+CALLS_WHEN_FULL = 2
 
 
 @dataclass(frozen=True)

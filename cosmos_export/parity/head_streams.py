@@ -8,7 +8,7 @@ kept case by case, (N, ...) each, the rows of the first call first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,9 @@ Values = dict[str, Tensor]
 Compute = Callable[[Values], Values]
 
 
+_BANKS = {KEYS, VALUES, KEYS_BEFORE, VALUES_BEFORE}
+
+
 @dataclass
 class Stream:
     """One way through the heads: of each case the normed hidden states (B, T, D) of its rows, what the pieces gave, and
@@ -57,6 +60,12 @@ class Stream:
         for kept, values in zip(self.values, found, strict=True):
             kept.update(values)
 
+    def forget(self, keys: Collection[str]) -> None:
+        """Lets go of values that no piece takes any more."""
+        for kept in self.values:
+            for key in keys:
+                kept.pop(key, None)
+
 
 def together(compute: Compute, given: Sequence[Values]) -> list[Values]:
     """What `compute` makes of the rows of all cases at once, case by case."""
@@ -79,15 +88,17 @@ def drawn(given: Sequence[Values], rows: int, values_of: Mapping[str, str]) -> V
     return {name: found[values_of.get(name, name)] for name in given[0]}
 
 
-def remembering(compute: Compute, case: HeadCase, x: Tensor) -> tuple[Values, Values]:
+def remembering(compute: Compute, case: HeadCase, x: Tensor, *, with_state: bool) -> tuple[Values, Values]:
     """The calls of a case one after another, x (N, D), each with the memory that the one before left: what went into
-    them, (N, ...) each, and what came out."""
+    them, (N, ...) each, and what came out. The memory itself, which is a bank a call, is kept `with_state` alone."""
     state = first_state(case, x)
     before, after = list[Values](), list[Values]()
     for representation in x.split(case.case.batch):
         before.append({REPRESENTATION: representation, **state})
         after.append(compute(before[-1]))
         state = _state_after(state, after[-1])
+        if not with_state:
+            before[-1], after[-1] = ({n: v for n, v in of.items() if n not in _BANKS} for of in (before[-1], after[-1]))
     return _stacked(before), _stacked(after)
 
 

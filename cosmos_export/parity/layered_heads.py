@@ -32,10 +32,12 @@ from torch import Tensor
 from cosmos_export.onnx.head_signature import PAST_QUERY
 from cosmos_export.onnx.head_slices import (
     CALL_PIECE,
+    KEYS,
     LOGITS_PIECE,
     NORMED,
     QUERY,
     REPRESENTATION,
+    VALUES,
     WORKING,
     HeadPiece,
     head_pieces,
@@ -144,6 +146,8 @@ class HeadComparison:
                 self._head(piece, slice_)
             for chain in self.chains if piece.name != LOGITS_PIECE else ():
                 self._note_chain(piece, chain)
+            for stream in (self.exact, *(stream for chain in self.chains for stream in (chain.eager, chain.bundle))):
+                stream.forget([name for key in (KEYS, VALUES) for name in (key, piece.gives.get(key, key))])
             self.layers.advance()
         return self.results, self.predictions
 
@@ -250,7 +254,11 @@ class HeadComparison:
         given = stream.given(names)
         if piece.name == WORKING:
             pairs = zip(stream.cases, given, strict=True)
-            runs = [remembering(compute, case, values[REPRESENTATION]) for case, values in pairs]
+            compared = len(self.layers.cases)
+            runs = [
+                remembering(compute, case, values[REPRESENTATION], with_state=case.at < compared)
+                for case, values in pairs
+            ]
             given, found = [run[0] for run in runs], [run[1] for run in runs]
         else:
             found = together(compute, given)
