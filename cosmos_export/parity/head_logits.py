@@ -19,8 +19,8 @@ from cosmos_export.onnx.head_slices import FUSED, NORMED, VECTOR, HeadPiece
 from cosmos_export.parity.arithmetic import torch_type
 from cosmos_export.parity.gates import Arithmetic
 from cosmos_export.parity.head_cases import HeadCase
-from cosmos_export.parity.head_rows import Row, RowComparison, in_positions
-from cosmos_export.parity.head_streams import Stream, Values, array_of, blocked_in, in_type, placed
+from cosmos_export.parity.head_rows import Row, RowComparison, array_of, in_positions
+from cosmos_export.parity.head_streams import Stream, Values, blocked_in, in_type, placed
 from cosmos_export.parity.report import Measurement
 from cosmos_export.parity.streamed_heads import RoundInput
 from cosmos_export.parity.streamed_model import Matrix

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cosmos_export.parity import metrics
 from cosmos_export.parity.decisions import Difference, first_differences
@@ -195,6 +198,28 @@ def rows_of(
         )
 
 
+def rows_between(
+    names: Sequence[str],
+    scores: Sequence[str],
+    found: Sequence[Mapping[str, Tensor]],
+    choices: tuple[Choice | None, Choice | None],
+    logits: Sequence[Sequence[NDArray]] | None = None,
+) -> Iterator[Row]:
+    """Rows of what the bundle, float64 and the eager model found: these numbers, and their logits where given."""
+    arrays = [{name: array_of(values[name]) for name in names} for values in found]
+    count = len(next(iter(arrays[0].values()))) if names else len(logits[0]) if logits else 0
+    numbers: list[list[Numbers]] = []
+    for which, values in enumerate(arrays):
+        of_row = [{name: np.asarray(value[row]) for name, value in values.items()} for row in range(count)]
+        if logits is not None:
+            of_row = [in_positions(logits[which][row]) | each for row, each in enumerate(of_row)]
+        numbers.append(of_row)
+    deciding = [{name: values[name] for name in scores} for values in arrays]
+    exact, eager = choices
+    pair = None if exact is None or eager is None else (exact, eager)
+    yield from rows_of(numbers[0], numbers[1], numbers[2], deciding, pair)
+
+
 def in_positions(logits: NDArray) -> Numbers:
     """A row's logits (n, V) as the numbers that are looked at."""
     return {name: logits[part] for name, part in POSITIONS.items()}
@@ -220,3 +245,8 @@ def _lead_lost(actual: NDArray, exact: NDArray) -> float | None:
     """The largest lead of a best token that is no longer the best; None where all still are."""
     changed = metrics.top1_differs(actual, exact)
     return float(np.max(metrics.top1_margins(exact)[changed])) if changed.any() else None
+
+
+def array_of(tensor: Tensor) -> NDArray[Any]:
+    """As numbers that numpy knows."""
+    return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()

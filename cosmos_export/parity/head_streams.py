@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cosmos_export.onnx.head_slices import (
@@ -152,8 +150,3 @@ def in_type(values: Values, dtype: torch.dtype) -> Values:
 def blocked_in(values: Values) -> Tensor | None:
     """Rows (N,) whose output is blocked; None where this configuration blocks none."""
     return values.get(BLOCKED)
-
-
-def array_of(tensor: Tensor) -> NDArray[Any]:
-    """As numbers that numpy knows."""
-    return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()

@@ -46,12 +46,11 @@ from cosmos_export.parity.arithmetic import in_arithmetic, torch_type
 from cosmos_export.parity.gates import LOGIT_GATES, Arithmetic, Verdict
 from cosmos_export.parity.head_cases import HeadCase, build_head_cases, token_by_token
 from cosmos_export.parity.head_logits import HeadLogits
-from cosmos_export.parity.head_rows import Numbers, Row, RowComparison, in_positions, nearness, rows_of, worst_of
+from cosmos_export.parity.head_rows import Row, RowComparison, array_of, nearness, rows_between, worst_of
 from cosmos_export.parity.head_streams import (
     Compute,
     Stream,
     Values,
-    array_of,
     call_begins,
     drawn,
     in_type,
@@ -313,7 +312,7 @@ class HeadComparison:
         rows: list[Row] = []
         for at, found in enumerate(zip(actual, exact, eager, strict=True)):
             pair = (chosen[at], usually[at]) if chosen else (None, None)
-            rows += _rows(list(piece.gives), piece.scores, found, pair)
+            rows += rows_between(list(piece.gives), piece.scores, found, pair)
         case, worst = worst_of(RowComparison(arithmetic, rows, vectors=_vectors(piece)))
         self.layers.pieces.append(PieceResult(piece.name, arithmetic, case, worst))
 
@@ -323,7 +322,9 @@ class HeadComparison:
         for at in range(len(self.exact.cases)):
             bundle = {name: chain.bundle.values[at][value] for name, value in piece.gives.items()}
             found = [bundle, self.exact.values[at], chain.eager.values[at]]
-            rows += _rows(list(piece.gives), piece.scores, found, (self.exact.choices[at], chain.eager.choices[at]))
+            rows += rows_between(
+                list(piece.gives), piece.scores, found, (self.exact.choices[at], chain.eager.choices[at])
+            )
         compared = RowComparison(chain.arithmetic, rows, vectors=_vectors(piece), vector_gates=LOGIT_GATES)
         self.in_chain[piece.name, chain.arithmetic] = worst_of(compared)
 
@@ -334,7 +335,7 @@ class HeadComparison:
         streams = (chain.bundle, self.exact, chain.eager)
         found = [{name: stream.values[at][name] for name in scores} for stream in streams]
         pair = (self.exact.choices[at], chain.eager.choices[at])
-        return list(_rows(scores, scores, found, pair, (actual, exact, eager)))
+        return list(rows_between(scores, scores, found, pair, (actual, exact, eager)))
 
     def _end_to_end(self, arithmetic: Arithmetic, cases: Sequence[list[Row]]) -> Iterator[CaseResult]:
         """By the gates of a whole model; the eager model's error in a case of few values is what it usually is."""
@@ -386,28 +387,6 @@ def _distance(actual: Tensor, exact: Tensor) -> float:
 
 def _vectors(piece: HeadPiece) -> list[str]:
     return [name for name in piece.gives if name not in piece.scores]
-
-
-def _rows(
-    names: Sequence[str],
-    scores: Sequence[str],
-    found: Sequence[Values],
-    choices: tuple[Choice | None, Choice | None],
-    logits: Sequence[Sequence[NDArray]] | None = None,
-) -> Iterator[Row]:
-    """Rows of what the bundle, float64 and the eager model found: these numbers, and their logits where given."""
-    arrays = [{name: array_of(values[name]) for name in names} for values in found]
-    count = len(next(iter(arrays[0].values()))) if names else len(logits[0]) if logits else 0
-    numbers: list[list[Numbers]] = []
-    for which, values in enumerate(arrays):
-        of_row = [{name: np.asarray(value[row]) for name, value in values.items()} for row in range(count)]
-        if logits is not None:
-            of_row = [in_positions(logits[which][row]) | each for row, each in enumerate(of_row)]
-        numbers.append(of_row)
-    deciding = [{name: values[name] for name in scores} for values in arrays]
-    exact, eager = choices
-    pair = None if exact is None or eager is None else (exact, eager)
-    yield from rows_of(numbers[0], numbers[1], numbers[2], deciding, pair)
 
 
 def _by_graph(piece: HeadPiece, values: Values) -> Values:
