@@ -62,7 +62,9 @@ class ConceptValues(nn.Module):
 
     def forward(self, weights: Tensor) -> Tensor:
         """Shares of the concepts (B, H, C) to their values' sums (B, H, d)."""
-        return (weights.transpose(0, 1) @ self.weight).transpose(0, 1)
+        sums = torch.bmm(weights.transpose(0, 1), self.weight).transpose(0, 1)
+        # Not `contiguous`, nor `@`: both would ask whether the batch is one, and torch.export specialise on the answer.
+        return sums.clone(memory_format=torch.contiguous_format)
 
 
 class SemanticMemory(nn.Module):
