@@ -160,6 +160,7 @@ class HeadBinding:
     ) -> None:
         self._graph, self._manifest, self._binding = graph, manifest, binding
         self._bank, self._rows, self._batch = bank, rows, rows.stop - rows.start
+        self._calls = bank.calls[rows]  # the bank's own
         self._names = {tensor.role: tensor.name for tensor in graph.inputs}
         self._complete = diagnostics or Role.WANTS_SCORES not in self._names
         if Role.WANTS_SCORES in self._names:
@@ -189,7 +190,7 @@ class HeadBinding:
     def done(self, *, ends_call: bool = True) -> None:
         """To be called after a run that succeeded."""
         if ends_call:
-            self._bank.calls[self._rows] += 1
+            self._calls += 1
 
     def _switch(self, ends_call: bool, stream: Stream) -> None:
         self._ends_call = ends_call
@@ -204,7 +205,7 @@ class HeadBinding:
 
     def _bind_calls(self, ends_call: bool) -> None:
         if Role.MEMORY_CALLS in self._names:
-            calls = self._bank.calls[self._rows] if ends_call else np.zeros(self._batch, np.int64)
+            calls = self._calls if ends_call else np.zeros(self._batch, np.int64)
             self._binding.bind_input(self._names[Role.MEMORY_CALLS], calls)
 
     def _bind_scores(self) -> dict[str, npt.NDArray[Any]]:
