@@ -11,20 +11,22 @@ if TYPE_CHECKING:
     from cosmos_runtime.device_stream import CudaStream
 
 _MOST_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 _EARLY_START = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 # CU_STREAM_CAPTURE_MODE_RELAXED: what is freed meanwhile, in this thread or another, is no part of the graph.
 _RELAXED = 2
-_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CUdevice_attribute
+_MULTIPROCESSORS, _MAJOR, _MINOR, _SHARED = 16, 75, 76, 97  # CUdevice_attribute
 _NON_BLOCKING = 1
 # From this compute capability on, a kernel may start before the last one is done.
 _EARLY_START_FROM = (9, 0)
 
 
 class Device(NamedTuple):
-    """What code is made for: compute capability and the number of multiprocessors."""
+    """What code is made for: compute capability, multiprocessors, bytes of shared memory that a block may have."""
 
     capability: tuple[int, int]
     multiprocessors: int
+    shared: int
 
     @property
     def architecture(self) -> str:
@@ -47,7 +49,8 @@ class _Configuration(ctypes.Structure):
 
 class Launch(NamedTuple):
     """One kernel: its function in a module, blocks, threads of each, bytes of shared memory, and arguments (addresses,
-    which ctypes numbers of 64 bits are, and 32-bit integers). `early`: it waits by itself for the one before it."""
+    which ctypes numbers of 64 bits are, and 32-bit integers). `early`: it waits by itself for the one before it.
+    `together`: all of its blocks have to be on the device at once, as they wait for each other."""
 
     function: ctypes.c_void_p
     blocks: tuple[int, int, int]
@@ -55,6 +58,7 @@ class Launch(NamedTuple):
     shared: int
     arguments: Sequence[ctypes.c_uint64 | ctypes.c_int]
     early: bool
+    together: bool = False
 
 
 class CudaModule:
@@ -71,6 +75,12 @@ class CudaModule:
         if shared:
             self._driver.call("cuFuncSetAttribute", function, _MOST_DYNAMIC_SHARED, shared)
         return function
+
+    def blocks_at_once(self, function: ctypes.c_void_p, threads: int, shared: int) -> int:
+        """How many blocks of a kernel one multiprocessor holds."""
+        blocks, name = ctypes.c_int(), "cuOccupancyMaxActiveBlocksPerMultiprocessor"
+        self._driver.call(name, ctypes.byref(blocks), function, ctypes.c_int(threads), ctypes.c_size_t(shared))
+        return blocks.value
 
 
 class LaunchSequence:
@@ -107,15 +117,15 @@ class LaunchSequence:
         return executable
 
     def _launch_all(self, stream: ctypes.c_void_p) -> None:
-        attribute = _Attribute(id=_EARLY_START)
-        attribute.value[0] = 1
         for launch in self._launches:
             values = (ctypes.c_void_p * len(launch.arguments))(
                 *(ctypes.cast(ctypes.pointer(argument), ctypes.c_void_p) for argument in launch.arguments)
             )
-            early = int(launch.early and self._early)
+            wanted = [_COOPERATIVE] if launch.together else [_EARLY_START] if launch.early and self._early else []
+            attributes = (_Attribute * 1)(*(_Attribute(id=number) for number in wanted))
+            attributes[0].value[0] = 1
             shape = (*launch.blocks, launch.threads, 1, 1, launch.shared)
-            configuration = _Configuration(*shape, stream, ctypes.pointer(attribute), early)
+            configuration = _Configuration(*shape, stream, attributes, len(wanted))
             self._driver.call("cuLaunchKernelEx", ctypes.byref(configuration), launch.function, values, None)
 
     def __del__(self) -> None:
@@ -132,4 +142,4 @@ def device(stream: "CudaStream") -> Device:
         stream.driver.call("cuDeviceGetAttribute", ctypes.byref(value), number, first)
         return value.value
 
-    return Device((attribute(_MAJOR), attribute(_MINOR)), attribute(_MULTIPROCESSORS))
+    return Device((attribute(_MAJOR), attribute(_MINOR)), attribute(_MULTIPROCESSORS), attribute(_SHARED))

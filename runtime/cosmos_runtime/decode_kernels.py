@@ -2,13 +2,13 @@
 
     B  batch    L  cache length    D  dim    H  heads    K  key/value heads    E  head_dim    F  hidden_dim
 
-`decode_kernels.cu` reads each weight once at close to the speed of the memory; ONNX Runtime computes everything else,
-prefills above all, with the same copy of the weights.
+`decode_kernels.cu` reads each weight once at close to the speed of the memory, `step_*.cu` have one kernel for all of a
+step where that is faster; ONNX Runtime computes everything else, prefills above all, with the same copy of the weights.
 """
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from cosmos_runtime.device_stream import CudaStream, DeviceArray
 from cosmos_runtime.errors import BundleError, ProviderError
 from cosmos_runtime.kernel_compiler import compiled
 from cosmos_runtime.kernel_spec import KERNELS_NAME, KernelSpec, StoredMatrix, StoredTensor
+from cosmos_runtime.whole_step import SOURCES, WholeStep, whole_step, whole_step_launch
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -74,22 +75,38 @@ class DecodeKernels:
         `inputs` are the addresses of tokens, last_index and logits; `cache` those of the keys of every layer, then of
         the values.
         """
+        plan = whole_step(self.spec, batch, self._device)
         if batch not in self._modules:
-            self._modules[batch] = CudaModule(self.stream, self._compiled(batch))
-        return DecodeStep(self, self._modules[batch], batch, length, inputs, cache)
+            self._modules[batch] = CudaModule(self.stream, self._compiled(batch, plan))
+        module = self._modules[batch]
+        whole = plan and whole_step_launch(self, module, plan, length, inputs, cache)
+        if whole:
+            return DecodeStep(self.stream, [whole[0]], whole[1])
+        separate = SeparateKernels(self, module, batch, length, inputs, cache)
+        return DecodeStep(self.stream, separate.launches(), separate.scratch.values())
 
-    def _compiled(self, batch: int) -> bytes:
-        source = files("cosmos_runtime").joinpath("decode_kernels.cu").read_text(encoding="utf-8")
-        return compiled(source, definitions(self.spec, batch), self._device.architecture)
+    def _compiled(self, batch: int, plan: WholeStep | None) -> bytes:
+        macros = definitions(self.spec, batch) | (plan.definitions(len(self.spec.layers)) if plan else {})
+        return compiled(kernel_source(plan is not None), macros, self._device.architecture)
 
     def address(self, tensor: StoredTensor) -> int:
         """Where a weight lies."""
         return int(self._weights[tensor.name].data_ptr())
 
+    def matrix(self, matrix: StoredMatrix) -> tuple[int, int]:
+        """Addresses of values and scales."""
+        return self.address(matrix.values), 0 if matrix.scales is None else self.address(matrix.scales)
+
     def blocks(self, tiles: int) -> int:
         """Blocks of a product with so many tiles: all have equally many, and all are on the device at once."""
         turns = -(-tiles // (_BLOCKS * self._device.multiprocessors))
         return -(-tiles // turns)
+
+
+def kernel_source(whole: bool) -> str:
+    """The kernels as one CUDA program, with one for all of a step or without."""
+    names = ["decode_kernels.cu", *(SOURCES if whole else [])]
+    return "\n".join(files("cosmos_runtime").joinpath(name).read_text(encoding="utf-8") for name in names)
 
 
 def tiles(spec: KernelSpec) -> dict[str, int]:
@@ -125,7 +142,18 @@ def definitions(spec: KernelSpec, batch: int) -> dict[str, object]:
 
 
 class DecodeStep:
-    """What is launched for one token of every row, over buffers that stay where they are."""
+    """What is launched for one token of every row, over buffers that stay where they are; `kept` are its own."""
+
+    def __init__(self, stream: CudaStream, launches: Sequence[Launch], kept: Iterable[DeviceArray]) -> None:
+        self._sequence, self._kept = LaunchSequence(stream, launches), tuple(kept)
+
+    def enqueue(self) -> None:
+        """Have the device compute it after what it has to do already. Raises: CosmosRuntimeError."""
+        self._sequence.enqueue()
+
+
+class SeparateKernels:
+    """A step as five kernels a layer."""
 
     def __init__(
         self,
@@ -139,12 +167,7 @@ class DecodeStep:
         self._kernels, self._module, self._batch, self._length = kernels, module, batch, length
         self._tiles = tiles(kernels.spec)
         self._inputs, self._cache = inputs, cache
-        self._scratch = self._buffers()
-        self._sequence = LaunchSequence(kernels.stream, self._launches())
-
-    def enqueue(self) -> None:
-        """Have the device compute it after what it has to do already. Raises: CosmosRuntimeError."""
-        self._sequence.enqueue()
+        self.scratch = self._buffers()
 
     def _buffers(self) -> dict[str, DeviceArray]:
         spec, batch, stream = self._kernels.spec, self._batch, self._kernels.stream
@@ -162,26 +185,27 @@ class DecodeStep:
         stream.clear(arrays["done"].address, arrays["done"].size)
         return arrays
 
-    def _launches(self) -> list[Launch]:
-        spec, at = self._kernels.spec, {name: array.address for name, array in self._scratch.items()}
+    def launches(self) -> list[Launch]:
+        """The embedding, five kernels a layer, the logits."""
+        spec, at = self._kernels.spec, {name: array.address for name, array in self.scratch.items()}
         address, layers = self._kernels.address, len(self._kernels.spec.layers)
-        embedding = self._matrix(spec.embedding)
+        embedding = self._kernels.matrix(spec.embedding)
         embed = self._module.function("embed", 0)
         arguments = self._addresses(self._inputs["tokens"], *embedding, at["hidden"])
         launches = [Launch(embed, (self._batch, 1, 1), _THREADS, 0, arguments, early=False)]
         rows = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
         for index, layer in enumerate(spec.layers):
-            normed = (at["hidden"], address(layer.norm1), *self._matrix(layer.qkv), at["qkv"])
+            normed = (at["hidden"], address(layer.norm1), *self._kernels.matrix(layer.qkv), at["qkv"])
             launches.append(self._product("project_qkv", "QKV_TILES", rows, spec.dim, layer.qkv, 1, normed))
             launches.append(self._attention(self._cache[index], self._cache[layers + index], at))
-            added = (at["attended"], *self._matrix(layer.out), at["hidden"])
+            added = (at["attended"], *self._kernels.matrix(layer.out), at["hidden"])
             width = spec.heads * spec.head_dim
             launches.append(self._product("project_out", "OUT_TILES", spec.dim, width, layer.out, 1, added))
-            normed = (at["hidden"], address(layer.norm2), *self._matrix(layer.gate_up), at["gated"])
+            normed = (at["hidden"], address(layer.norm2), *self._kernels.matrix(layer.gate_up), at["gated"])
             launches.append(
                 self._product("project_gate_up", "GATE_TILES", spec.hidden_dim, spec.dim, layer.gate_up, 2, normed)
             )
-            added = (at["gated"], *self._matrix(layer.down), at["hidden"])
+            added = (at["gated"], *self._kernels.matrix(layer.down), at["hidden"])
             launches.append(
                 self._product("project_down", "DOWN_TILES", spec.dim, spec.hidden_dim, layer.down, 1, added)
             )
@@ -209,11 +233,6 @@ class DecodeStep:
         threads = 256 if spec.heads // spec.kv_heads <= 4 else 128
         function = self._module.function("attend", 0)
         return Launch(function, (spec.kv_heads, _SPLITS, self._batch), threads, 0, arguments, early=True)
-
-    def _matrix(self, matrix: StoredMatrix) -> tuple[int, int]:
-        """Addresses of values and scales."""
-        address = self._kernels.address
-        return address(matrix.values), 0 if matrix.scales is None else address(matrix.scales)
 
     @staticmethod
     def _addresses(*addresses: int) -> list[Any]:

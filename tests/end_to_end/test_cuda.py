@@ -22,13 +22,16 @@ from cosmos_runtime import (
     CosmosRuntimeError,
     ProviderError,
     Sampling,
+    decode_kernels,
     generate,
     generate_batch,
     load,
     new_decoder,
 )
+from cosmos_runtime.cuda_graph import device
 from cosmos_runtime.kernel_graph import KernelBinding
 from cosmos_runtime.kernel_spec import MOST_ROWS
+from cosmos_runtime.whole_step import whole_step_launch
 
 RECIPES = ("cuda-fp16", "cuda-bf16", "cuda-int8", "cuda-int4")
 
@@ -192,6 +195,38 @@ def test_kernels_and_onnxruntime_agree_up_to_the_last_position(recipe: str, wide
         for at in range(before, before + 3):
             logits = decoder.decode_one_token(int(ids[at]))
             assert np.abs(logits - whole[at]).max() <= NEAR_TIE[recipe] * np.ptp(whole[at]), at
+
+
+@needs_gpu
+@pytest.mark.parametrize("recipe", ["cuda-int8", "cuda-int4"])
+def test_one_kernel_and_separate_ones_agree(recipe: str, wide, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of single tokens behind a prompt, and the same tokens again: what a step left behind disturbs no other."""
+    ids = np.random.default_rng(4).integers(0, WIDE.vocab_size, 340)
+    launches = []
+
+    def launch(*given):
+        launches.append(whole_step_launch(*given))
+        return launches[-1]
+
+    def logits():
+        session = load(wide(recipe).path, provider="cuda")
+        decoder = new_decoder(session, len(ids))
+        decoder.prefill(ids[:300])
+        found = [decoder.decode_one_token(int(token)) for token in ids[300:]]
+        return session.graph.new_binding(), np.array(found)
+
+    monkeypatch.setattr(decode_kernels, "whole_step_launch", launch)
+    binding, one = logits()
+    if device(binding._kernels.stream).capability < (9, 0):
+        pytest.skip("this GPU computes every step with separate kernels")
+    assert launches
+    assert all(launches)
+    assert np.array_equal(one, logits()[1])
+    monkeypatch.setattr(decode_kernels, "whole_step", lambda *_: None)
+    made = len(launches)
+    separate = logits()[1]
+    assert len(launches) == made
+    assert np.abs(one - separate).max() <= NEAR_TIE[recipe] * np.ptp(separate)
 
 
 @needs_gpu
