@@ -62,7 +62,7 @@ def test_a_memory_that_threads_share(with_heads: Session) -> None:
     """Calls are made one after another: the results are those of one thread, whoever gets which."""
     alone, shared = with_heads.new_memory(1), with_heads.new_memory(1)
     wanted = Counter(with_heads.call([1, 2, 3], memory=alone).logits.tobytes() for _ in range(40))
-    assert len(wanted) > 3
+    assert len(wanted) > 1, "what is remembered changes what comes out"
     found: list[Any] = []
     at_once([lambda: found.append(with_heads.call([1, 2, 3], memory=shared))] * 40)
     assert Counter(output.logits.tobytes() for output in found) == wanted
