@@ -18,7 +18,7 @@ from cosmos_runtime.binding import allocate
 from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.cuda_graph import CudaModule, Launch, LaunchSequence, device
 from cosmos_runtime.device_stream import CudaStream, DeviceArray
-from cosmos_runtime.errors import BundleError, ProviderError
+from cosmos_runtime.errors import BundleError, CosmosRuntimeError, ProviderError
 from cosmos_runtime.kernel_compiler import compiled
 from cosmos_runtime.kernel_spec import KERNELS_NAME, KernelSpec, StoredMatrix, StoredTensor
 from cosmos_runtime.whole_step import SOURCES, WholeStep, whole_step, whole_step_launch
@@ -60,7 +60,7 @@ class DecodeKernels:
     def __init__(self, spec: KernelSpec, bundle: Bundle, stream: CudaStream) -> None:
         self.spec, self.stream, self._device = spec, stream, device(stream)
         self._weights = _place(spec, bundle, stream)
-        self._modules: dict[int, CudaModule] = {}
+        self._modules: dict[int, tuple[CudaModule, WholeStep | None]] = {}
 
     @property
     def initializers(self) -> Mapping[str, "onnxruntime.OrtValue"]:
@@ -75,15 +75,26 @@ class DecodeKernels:
         `inputs` are the addresses of tokens, last_index and logits; `cache` those of the keys of every layer, then of
         the values.
         """
-        plan = whole_step(self.spec, batch, self._device)
         if batch not in self._modules:
-            self._modules[batch] = CudaModule(self.stream, self._compiled(batch, plan))
-        module = self._modules[batch]
+            self._modules[batch] = self._module(batch)
+        module, plan = self._modules[batch]
         whole = plan and whole_step_launch(self, module, plan, length, inputs, cache)
         if whole:
             return DecodeStep(self.stream, [whole[0]], whole[1])
         separate = SeparateKernels(self, module, batch, length, inputs, cache)
         return DecodeStep(self.stream, separate.launches(), separate.scratch.values())
+
+    def _module(self, batch: int) -> tuple[CudaModule, WholeStep | None]:
+        """The kernels for a batch, and how one of them is the whole step, if one is."""
+        plan = whole_step(self.spec, batch, self._device)
+        try:
+            code = self._compiled(batch, plan)
+        except CosmosRuntimeError:
+            if plan is None:
+                raise
+            # Loads and stores of 128 bits want NVRTC 12.3: with an older one a step is separate kernels.
+            plan, code = None, self._compiled(batch, None)
+        return CudaModule(self.stream, code), plan
 
     def _compiled(self, batch: int, plan: WholeStep | None) -> bytes:
         macros = definitions(self.spec, batch) | (plan.definitions(len(self.spec.layers)) if plan else {})

@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from cosmos_runtime import KernelSpec, LayerWeights, StoredMatrix, StoredTensor, kernel_compiler
+from cosmos_runtime import (
+    CosmosRuntimeError,
+    KernelSpec,
+    LayerWeights,
+    StoredMatrix,
+    StoredTensor,
+    decode_kernels,
+    kernel_compiler,
+)
 from cosmos_runtime.cuda_graph import Device
-from cosmos_runtime.decode_kernels import definitions, kernel_source
+from cosmos_runtime.decode_kernels import DecodeKernels, definitions, kernel_source
 from cosmos_runtime.whole_step import SOURCES, _exchanged, whole_step
 
 H100 = Device(capability=(9, 0), multiprocessors=132, shared=227 * 1024)
@@ -110,3 +118,32 @@ def test_what_blocks_give_each_other_lies_on_bounds_of_16_bytes() -> None:
 def test_the_sources_are_part_of_the_package() -> None:
     folder = Path(kernel_compiler.__file__).parent
     assert sorted(path.name for path in folder.glob("step_*.cu")) == sorted(SOURCES)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_compiler_too_old_for_it_leaves_separate_kernels(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = object.__new__(DecodeKernels)
+    kernels.spec, kernels.stream, kernels._device = spec(), None, H100
+    tried = []
+
+    def compiled(source, macros, architecture):
+        tried.append("GRID" in macros)
+        if tried[-1]:
+            raise CosmosRuntimeError("NVRTC cannot compile")
+        return b"code"
+
+    monkeypatch.setattr(decode_kernels, "compiled", compiled)
+    monkeypatch.setattr(decode_kernels, "CudaModule", lambda stream, code: code)
+    assert kernels._module(batch) == (b"code", None)
+    assert tried == ([True, False] if batch == 1 else [False])
+
+
+def test_a_compiler_that_fails_for_separate_kernels_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_):
+        raise CosmosRuntimeError("NVRTC cannot compile")
+
+    kernels = object.__new__(DecodeKernels)
+    kernels.spec, kernels.stream, kernels._device = spec(), None, H100
+    monkeypatch.setattr(decode_kernels, "compiled", fails)
+    with pytest.raises(CosmosRuntimeError, match="NVRTC cannot compile"):
+        kernels._module(1)
