@@ -60,6 +60,32 @@ def attach(model: ir.Model, tensors: Arrays, recipe: ExportRecipe) -> None:
             value.const_value = ir.tensor(array, name=name)
 
 
+_RNG = np.random.default_rng(0)
+# Of graphs that choose rows by a score: g scores them, w and v make what may be chosen.
+CHOOSING = {
+    "g": _RNG.standard_normal((4, 1)).astype(np.float32),
+    "w": _RNG.standard_normal((4, 4)).astype(np.float32),
+    "v": _RNG.standard_normal((4, 4)).astype(np.float32),
+    "z": np.zeros(1, np.float32),
+}
+
+
+def choosing(body: str) -> ir.Model:
+    """A graph of rows x (B, 4) whose weights, those of `CHOOSING` but z, have no values."""
+    model = build(body, CHOOSING, inputs="float[B, 4] x", output="[B, 4]")
+    for value in model.graph.initializers.values():
+        if value.name != "z":
+            value.const_value = None
+    return model
+
+
+def with_values(model: ir.Model) -> ir.Model:
+    """The same graph, its weights valued."""
+    for name, value in model.graph.initializers.items():
+        value.const_value = ir.tensor(CHOOSING[name], name=name)
+    return model
+
+
 def run(model: ir.Model, **inputs: np.ndarray) -> np.ndarray:
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)

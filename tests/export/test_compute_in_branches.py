@@ -6,15 +6,9 @@ import pytest
 
 from cosmos_export.onnx.passes import ComputeInBranches, SkipUnchosen
 
-from .hand_made_graphs import assert_left_alone, build, operators, run
+from .hand_made_graphs import CHOOSING, assert_left_alone, choosing, operators, run, with_values
 
 RNG = np.random.default_rng(0)
-WEIGHTS = {
-    "g": RNG.standard_normal((4, 1)).astype(np.float32),  # scores rows
-    "w": RNG.standard_normal((4, 4)).astype(np.float32),
-    "v": RNG.standard_normal((4, 4)).astype(np.float32),
-    "z": np.zeros(1, np.float32),
-}
 # Rows with a score above zero choose f, those with one below choose h.
 CHOICES = "s = MatMul(x, g) \n c = Greater(s, z) \n n = Neg(s) \n d = Greater(n, z) \n"
 SELECTIONS = "f = MatMul(r, v) \n a = Where(c, f, x) \n h = MatMul(r, w) \n b = Where(d, h, x) \n"
@@ -23,13 +17,9 @@ SHARED = CHOICES + "q = MatMul(x, w) \n r = Relu(q) \n" + SELECTIONS + "y = Add(
 
 def branching(body: str) -> ir.Model:
     """With a branch for each selection."""
-    model = build(body, WEIGHTS, inputs="float[B, 4] x", output="[B, 4]")
-    for value in model.graph.initializers.values():
-        value.const_value = None if value.name != "z" else value.const_value
+    model = choosing(body)
     assert SkipUnchosen()(model).modified
-    for name, value in model.graph.initializers.items():
-        value.const_value = ir.tensor(WEIGHTS[name], name=name)
-    return model
+    return with_values(model)
 
 
 def then_branches(model: ir.Model) -> list[list[str]]:
@@ -40,7 +30,7 @@ def then_branches(model: ir.Model) -> list[list[str]]:
 @pytest.mark.parametrize("signs", [(1,), (-1,), (1, -1, 1)])
 def test_each_branch_computes_what_it_reads(signs: tuple[int, ...]) -> None:
     x = RNG.standard_normal((len(signs), 4)).astype(np.float32)
-    x *= np.sign(x @ WEIGHTS["g"]) * np.array(signs)[:, None]
+    x *= np.sign(x @ CHOOSING["g"]) * np.array(signs)[:, None]
     model = branching(SHARED)
     assert then_branches(model) == [["MatMul", "Where"]] * 2
     expected = run(model, x=x)

@@ -13,15 +13,9 @@ from cosmos_export.recipe import ExportRecipe
 from cosmos_runtime import CAPABILITIES, DECODER
 
 from .capability_models import small_config
-from .hand_made_graphs import assert_left_alone, build, operators, run
+from .hand_made_graphs import CHOOSING, assert_left_alone, choosing, operators, run, with_values
 
 RNG = np.random.default_rng(0)
-WEIGHTS = {
-    "g": RNG.standard_normal((4, 1)).astype(np.float32),  # scores rows
-    "w": RNG.standard_normal((4, 4)).astype(np.float32),
-    "v": RNG.standard_normal((4, 4)).astype(np.float32),
-    "z": np.zeros(1, np.float32),
-}
 SCORE = "s = MatMul(x, g) \n c = Greater(s, z) \n"
 ONE = SCORE + "f = MatMul(x, w) \n a = Relu(f) \n y = Where(c, a, x)"
 # What the second selection chooses is made of what the first one gave, which is read behind it, too.
@@ -36,24 +30,10 @@ CHAIN = SCORE + "f = MatMul(x, w) \n a = Where(c, f, x) \n t = MatMul(a, g) \n p
 CHAIN += "h = MatMul(a, v) \n y = Where(d, h, a)"
 
 
-def valueless(body: str) -> ir.Model:
-    model = build(body, WEIGHTS, inputs="float[B, 4] x", output="[B, 4]")
-    for value in model.graph.initializers.values():
-        if value.name != "z":
-            value.const_value = None
-    return model
-
-
-def with_values(model: ir.Model) -> ir.Model:
-    for name, value in model.graph.initializers.items():
-        value.const_value = ir.tensor(WEIGHTS[name], name=name)
-    return model
-
-
 def rows(*signs: int) -> np.ndarray:
     """Rows that the score chooses (1) or does not (-1)."""
     away = RNG.standard_normal((len(signs), 4)).astype(np.float32)
-    score = away @ WEIGHTS["g"]
+    score = away @ CHOOSING["g"]
     return (away * np.sign(score) * np.array(signs)[:, None]).astype(np.float32)
 
 
@@ -71,8 +51,8 @@ def within(branch: ir.Node, name: str = "then_branch") -> list[str]:
 @pytest.mark.parametrize("signs", [(-1,), (1,), (-1, -1, -1), (1, -1, 1), (1, 1)])
 def test_a_branch_gives_what_the_selection_gave(body: str, count: int, signs: tuple[int, ...]) -> None:
     x = rows(*signs)
-    expected = run(with_values(valueless(body)), x=x)
-    model = valueless(body)
+    expected = run(with_values(choosing(body)), x=x)
+    model = choosing(body)
     assert SkipUnchosen()(model).modified is True
     assert len(branches(model)) == count
     assert "MatMul" not in operators(model)[operators(model).index("If") :] or body is CHAIN
@@ -81,7 +61,7 @@ def test_a_branch_gives_what_the_selection_gave(body: str, count: int, signs: tu
 
 
 def test_what_only_the_branch_needs_is_in_it() -> None:
-    model = valueless(ONE)
+    model = choosing(ONE)
     SkipUnchosen()(model)
     (branch,) = branches(model)
     assert within(branch) == ["MatMul", "Relu", "Where"]
@@ -100,8 +80,8 @@ def test_what_only_the_branch_needs_is_in_it() -> None:
     ids=["no matrix", "the condition is the caller's", "read elsewhere, too", "what is kept"],
 )
 def test_what_is_no_such_selection_stays(body: str) -> None:
-    model = valueless(body)
-    run(with_values(valueless(body)), x=rows(1, -1))
+    model = choosing(body)
+    run(with_values(choosing(body)), x=rows(1, -1))
     assert_left_alone(SkipUnchosen(), model)
 
 
@@ -112,7 +92,7 @@ TOLD = SCORE + "h = MatMul(x, w) \n f = Relu(h) \n y = Where(c, f, x) \n t = Mat
 
 def with_scores(body: str, scores: dict[str, str]) -> ir.Model:
     """The graph with scores (values of `body`, by their names as outputs), and whether a run wants them."""
-    model = valueless(body)
+    model = choosing(body)
     values = {output.name: output for node in model.graph for output in node.outputs}
     for name, source in scores.items():
         values[source].name, values[source].type = name, ir.TensorType(ir.DataType.FLOAT)
@@ -137,7 +117,7 @@ def test_scores_are_there_where_they_are_wanted_and_have_no_rows_elsewhere(signs
     SkipUnchosen()(model)
     x = rows(*signs)
     y, told, decides = outputs(model, x=x, wants_scores=np.array([True]))
-    np.testing.assert_allclose(told, x @ WEIGHTS["v"], rtol=1e-5)
+    np.testing.assert_allclose(told, x @ CHOOSING["v"], rtol=1e-5)
     without = outputs(model, x=x, wants_scores=np.array([False]))
     np.testing.assert_array_equal(without[0], y)
     assert without[1].shape == (0, 4)
