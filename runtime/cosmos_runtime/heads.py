@@ -181,10 +181,10 @@ class HeadBinding:
         is for nothing."""
         if ends_call:
             self._bank.check_room(self._rows)
-        if ends_call != self._ends_call:
+        switched = ends_call != self._ends_call
+        if switched:
             self._switch(ends_call, stream)
-            self._bind_calls(ends_call)
-        elif stream.device != HOST:  # which has a copy
+        if switched or stream.device != HOST:  # another device has a copy
             self._bind_calls(ends_call)
 
     def done(self, *, ends_call: bool = True) -> None:
