@@ -8,7 +8,7 @@ READY := $(VENV)/.ready-$(ORT)
 RUN := $(VENV)/bin/
 comma := ,
 
-.PHONY: help setup demo test fuzz verify-parity lint format bench bench-cuda soak clean
+.PHONY: help setup demo test fuzz verify-parity verify-cuda lint format bench bench-cuda soak clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,9 @@ fuzz: $(READY) ## Alter bundles and checkpoints for MINUTES, and see that errors
 
 verify-parity: $(READY) ## Export and prove the demo, beginner and reduced advanced models; reports in build/parity
 	$(RUN)python -m tests.verify_parity
+
+verify-cuda: $(READY) ## On an NVIDIA GPU: its tests, and the proof of the recipes for GPUs; result in benchmarks/results
+	$(RUN)python -m tests.verify_cuda
 
 lint: $(READY) ## ruff (lint and format) and mypy
 	$(RUN)ruff check .

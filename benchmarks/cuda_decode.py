@@ -120,10 +120,11 @@ def runs_of(
         if name in PRECISIONS or setting.batch <= MOST_ROWS:
             label = f"{name} device loop" if name in PRECISIONS else name
             yield label, runtime_run(session, prompts, setting.new, device_loop=True)
-    fp16 = sessions["fp16"]
     if setting.batch == 1 and setting.prompt == 128:
-        yield "fp16 device loop, sampled", runtime_run(fp16, prompts, setting.new, device_loop=True, sampling=SAMPLED)
-        yield "fp16 host loop", runtime_run(fp16, prompts, setting.new, device_loop=False)
+        for name in (name for name in sessions if name in PRECISIONS):
+            sampled = runtime_run(sessions[name], prompts, setting.new, device_loop=True, sampling=SAMPLED)
+            yield f"{name} device loop, sampled", sampled
+        yield "fp16 host loop", runtime_run(sessions["fp16"], prompts, setting.new, device_loop=False)
     if setting.reference:
         length = setting.prompt + setting.new
         yield (

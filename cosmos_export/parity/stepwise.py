@@ -11,6 +11,8 @@ from cosmos_export.parity.cases import Case, TokenIds
 from cosmos_runtime import Session, new_batch_decoder, new_decoder
 
 STEPWISE_LENGTH = 48
+# Of a long sequence, as many of the last tokens are decoded one by one.
+LAST_TOKENS = 4
 
 
 def pieces(length: int) -> dict[str, list[int]]:
@@ -44,6 +46,15 @@ def stepwise_logits(session: Session, input_ids: TokenIds, sizes: list[int]) -> 
         logits = decoder.decode_one_token(int(piece[0]))[None] if size == 1 else decoder.decode(piece)
         parts.append(logits.copy())  # a decoder's logits are valid until its next call
     return np.concatenate(parts)[None]
+
+
+def last_logits(session: Session, input_ids: TokenIds) -> NDArray:
+    """Logits (1, LAST_TOKENS + 1, V) at the end of ids (1, T): the prompt's, then of single tokens behind it."""
+    row = input_ids[0]
+    decoder = new_decoder(session, len(row))
+    logits = [decoder.prefill(row[:-LAST_TOKENS]).copy()]
+    logits += [decoder.decode_one_token(int(token)).copy() for token in row[-LAST_TOKENS:]]
+    return np.array(logits)[None]
 
 
 def ragged_case(vocab_size: int, limit: int, *, seed: int = 2) -> tuple[Case, list[int]]:

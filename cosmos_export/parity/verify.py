@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,14 @@ from cosmos_export.parity.quality import measure_quality, rows_of_text
 from cosmos_export.parity.reference import EagerReference
 from cosmos_export.parity.report import CaseResult, ParityReport
 from cosmos_export.parity.reporting import capabilities_of, report_of
-from cosmos_export.parity.stepwise import ragged_case, ragged_logits, stepwise_cases, stepwise_logits
+from cosmos_export.parity.stepwise import (
+    LAST_TOKENS,
+    last_logits,
+    ragged_case,
+    ragged_logits,
+    stepwise_cases,
+    stepwise_logits,
+)
 from cosmos_export.parity.stored import compare_stored
 from cosmos_export.parity.stored_programs import compare_program
 from cosmos_export.progress import Progress, Silent
@@ -123,7 +131,8 @@ def _decoder_results(
     cases, skipped = build_cases(checkpoint.config, quick=quick)
     trials = [_Trial(case, lambda s, c=case: s.logits(c.input_ids)) for case in cases]  # type: ignore[misc]
     session = next(iter(sessions.values()))
-    trials += _stepwise(session) if DECODER in session.manifest.graphs else []
+    if DECODER in session.manifest.graphs:
+        trials = [*_with_last_tokens(trials, checkpoint.config.max_sequence_length), *_stepwise(session)]
     progress.stage("Comparing logits with float64")
     results = _run(sessions, trials, reference, progress)
     return _Compared(results, skipped, _warnings(recipe, reference, cases))
@@ -166,6 +175,16 @@ def _sessions(session: Session, recipe: ExportRecipe, provider: str) -> Iterator
         yield {Arithmetic.FLOAT32: load(copy, provider=provider), arithmetic: session}
 
 
+def _with_last_tokens(trials: list[_Trial], limit: int) -> Iterator[_Trial]:
+    """Behind a row as long as the model allows, the same row with its last tokens decoded one by one."""
+    for trial in trials:
+        yield trial
+        ids = trial.case.input_ids
+        if ids.shape == (1, limit) and limit > 2 * LAST_TOKENS:
+            case = Case(f"{trial.case.name}, the last {LAST_TOKENS} one by one", ids)
+            yield _Trial(case, lambda s, c=case: last_logits(s, c.input_ids), since=limit - LAST_TOKENS - 1)  # type: ignore[misc]
+
+
 def _stepwise(session: Session) -> list[_Trial]:
     vocab_size, limit = session.manifest.vocab_size, session.manifest.max_sequence_length
     alone = [
@@ -180,15 +199,20 @@ def _stepwise(session: Session) -> list[_Trial]:
 def _run(
     sessions: dict[Arithmetic, Session], trials: list[_Trial], reference: EagerReference, progress: Progress
 ) -> list[CaseResult]:
-    """Every trial on every session, sorted by session; the reference is computed once a trial."""
+    """Every trial on every session, sorted by session; the reference is computed once a row of trials of equal ids."""
     results: dict[Arithmetic, list[CaseResult]] = {arithmetic: [] for arithmetic in sessions}
-    for done, trial in enumerate(trials):
-        progress.update(done, len(trials))
-        ids = trial.case.input_ids
-        exact = reference.exact(ids)[:, trial.since :]
+    done = 0
+    for _, same in itertools.groupby(trials, key=lambda trial: id(trial.case.input_ids)):
+        group = list(same)
+        ids = group[0].case.input_ids
+        exact = reference.exact(ids)
         for arithmetic, session in sessions.items():
-            eager = reference.eager(ids, arithmetic)[:, trial.since :]
-            compared = case_result(trial.case.name, ids.shape, arithmetic, trial.run(session), exact, eager)
-            results[arithmetic].append(compared)
-    progress.update(len(trials), len(trials))
+            eager = reference.eager(ids, arithmetic)
+            for trial in group:
+                part = slice(trial.since, None)
+                logits = trial.run(session)
+                compared = case_result(trial.case.name, ids.shape, arithmetic, logits, exact[:, part], eager[:, part])
+                results[arithmetic].append(compared)
+        done += len(group)
+        progress.update(done, len(trials))
     return [result for per_session in results.values() for result in per_session]

@@ -17,6 +17,8 @@ from cosmos_runtime.errors import CosmosRuntimeError, first_line
 if TYPE_CHECKING:
     import onnxruntime
 
+    from cosmos_runtime.cuda_graph import LaunchSequence
+
 Array: TypeAlias = npt.NDArray[Any]
 
 HOST = "cpu"
@@ -139,6 +141,10 @@ class GraphBinding:
             self._inference.run_with_iobinding(self._binding, options)
         except Exception as error:  # ONNX Runtime's errors have no common base class
             raise CosmosRuntimeError(f"{self._place}: ONNX Runtime failed: {first_line(error)}") from error
+
+    def launches(self) -> "LaunchSequence | None":
+        """What `enqueue` gives to the device, where that is kernels of our own and nothing else; None otherwise."""
+        return None
 
     def cancel(self) -> None:
         """Make the run in progress, if any, and every later one fail at once; may be called from another thread."""

@@ -4,11 +4,11 @@ https://docs.nvidia.com/cuda/cuda-driver-api/
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from cosmos_runtime.device_stream import CudaStream
+    from cosmos_runtime.device_stream import CudaStream, DeviceArray
 
 _MOST_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _COOPERATIVE = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
@@ -48,15 +48,15 @@ class _Configuration(ctypes.Structure):
 
 
 class Launch(NamedTuple):
-    """One kernel: its function in a module, blocks, threads of each, bytes of shared memory, and arguments (addresses,
-    which ctypes numbers of 64 bits are, and 32-bit integers). `early`: it waits by itself for the one before it.
+    """One kernel: its function in a module, blocks, threads of each, bytes of shared memory, arguments (addresses, as
+    ctypes numbers of 64 bits, 32-bit integers, structures). `early`: it waits by itself for the one before it.
     `together`: all of its blocks have to be on the device at once, as they wait for each other."""
 
     function: ctypes.c_void_p
     blocks: tuple[int, int, int]
     threads: int
     shared: int
-    arguments: Sequence[ctypes.c_uint64 | ctypes.c_int]
+    arguments: Sequence[ctypes.c_uint64 | ctypes.c_int | ctypes.Structure]
     early: bool
     together: bool = False
 
@@ -84,10 +84,13 @@ class CudaModule:
 
 
 class LaunchSequence:
-    """Kernels that run one after another: given one by one the first time, and replayed as one graph afterwards."""
+    """Kernels that run one after another, over buffers that stay where they are; `kept` are those that are its own.
 
-    def __init__(self, stream: "CudaStream", launches: Sequence[Launch]) -> None:
-        self._stream, self._driver, self._launches = stream, stream.driver, launches
+    They are given to the device one by one the first time, and replayed as one graph afterwards.
+    """
+
+    def __init__(self, stream: "CudaStream", launches: Iterable[Launch], kept: Iterable["DeviceArray"] = ()) -> None:
+        self._stream, self._driver, self._launches, self._kept = stream, stream.driver, tuple(launches), tuple(kept)
         self._early = device(stream).capability >= _EARLY_START_FROM
         self._graph: ctypes.c_void_p | None = None
         self._given = False
@@ -101,6 +104,11 @@ class LaunchSequence:
         if self._graph is None:
             self._graph = self._captured()
         self._driver.call("cuGraphLaunch", self._graph, ctypes.c_void_p(self._stream.handle))
+
+    def followed_by(self, other: "LaunchSequence") -> "LaunchSequence":
+        """This and then another, as one."""
+        launches, kept = (*self._launches, *other._launches), (*self._kept, *other._kept)
+        return LaunchSequence(self._stream, launches, kept)
 
     def _captured(self) -> ctypes.c_void_p:
         """On a stream that nobody else uses: whatever is given to one that is captured becomes part of the graph."""

@@ -9,12 +9,7 @@
 // BLOCK and HEAD_BLOCK (weights that share a scale), BFLOAT16 where the 16-bit type is that one.
 //
 // Each kernel may start while the one before it still runs: it reads weights, which never change, and waits before it
-// reads anything else (programmatic dependent launch, sm_90 and later).
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
+// reads anything else. Follows kernel_basics.cu.
 
 #define WARPS 8
 #define THREADS (32 * WARPS)
@@ -71,18 +66,6 @@ __device__ __forceinline__ float load_fresh1(const float* p) {
   float v;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
-}
-
-// Let the next kernel start; wait until the one before is done and what it wrote can be seen.
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_last() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 // ---- products ----

@@ -8,8 +8,7 @@ step where that is faster; ONNX Runtime computes everything else, prefills above
 
 import ctypes
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.cuda_graph import CudaModule, Launch, LaunchSequence, device
 from cosmos_runtime.device_stream import CudaStream, DeviceArray
 from cosmos_runtime.errors import BundleError, CosmosRuntimeError, ProviderError
-from cosmos_runtime.kernel_compiler import compiled
+from cosmos_runtime.kernel_compiler import compiled, joined_source
 from cosmos_runtime.kernel_spec import KERNELS_NAME, KernelSpec, StoredMatrix, StoredTensor
 from cosmos_runtime.whole_step import SOURCES, WholeStep, whole_step, whole_step_launch
 
@@ -69,7 +68,7 @@ class DecodeKernels:
 
         return {name: OrtValue.from_dlpack(value) for name, value in self._weights.items()}
 
-    def step(self, batch: int, length: int, inputs: Mapping[str, int], cache: Sequence[int]) -> "DecodeStep":
+    def step(self, batch: int, length: int, inputs: Mapping[str, int], cache: Sequence[int]) -> LaunchSequence:
         """One token for each of `batch` rows of a cache of `length` places.
 
         `inputs` are the addresses of tokens, last_index and logits; `cache` those of the keys of every layer, then of
@@ -80,9 +79,9 @@ class DecodeKernels:
         module, plan = self._modules[batch]
         whole = plan and whole_step_launch(self, module, plan, length, inputs, cache)
         if whole:
-            return DecodeStep(self.stream, [whole[0]], whole[1])
+            return LaunchSequence(self.stream, [whole[0]], whole[1])
         separate = SeparateKernels(self, module, batch, length, inputs, cache)
-        return DecodeStep(self.stream, separate.launches(), separate.scratch.values())
+        return LaunchSequence(self.stream, separate.launches(), separate.scratch.values())
 
     def _module(self, batch: int) -> tuple[CudaModule, WholeStep | None]:
         """The kernels for a batch, and how one of them is the whole step, if one is."""
@@ -116,8 +115,7 @@ class DecodeKernels:
 
 def kernel_source(whole: bool) -> str:
     """The kernels as one CUDA program, with one for all of a step or without."""
-    names = ["decode_kernels.cu", *(SOURCES if whole else [])]
-    return "\n".join(files("cosmos_runtime").joinpath(name).read_text(encoding="utf-8") for name in names)
+    return joined_source("decode_kernels.cu", *(SOURCES if whole else ()))
 
 
 def tiles(spec: KernelSpec) -> dict[str, int]:
@@ -150,17 +148,6 @@ def definitions(spec: KernelSpec, batch: int) -> dict[str, object]:
         **tiles(spec),
     }
     return values | ({"BFLOAT16": 1} if spec.dtype == "bfloat16" else {})
-
-
-class DecodeStep:
-    """What is launched for one token of every row, over buffers that stay where they are; `kept` are its own."""
-
-    def __init__(self, stream: CudaStream, launches: Sequence[Launch], kept: Iterable[DeviceArray]) -> None:
-        self._sequence, self._kept = LaunchSequence(stream, launches), tuple(kept)
-
-    def enqueue(self) -> None:
-        """Have the device compute it after what it has to do already. Raises: CosmosRuntimeError."""
-        self._sequence.enqueue()
 
 
 class SeparateKernels:

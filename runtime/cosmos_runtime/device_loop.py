@@ -3,16 +3,15 @@
     B  batch    L  cache length
 
 A sampler writes the next tokens and positions to where the decoder reads them, so no step waits for the host. The host
-gives steps in pieces, always one piece ahead, and reads the history of tokens behind each. On CUDA both graphs are
-captured once for a set of buffers and replayed; a prefill is not. ONNX Runtime keeps what it captured with the thread
-that did: one worker thread does all of it.
+gives steps in pieces, always one piece ahead, and reads the history of tokens behind each. On CUDA what a step is made
+of is captured once for a set of buffers and replayed; a prefill is not. ONNX Runtime keeps what it captured with the
+thread that did: one worker thread does all of it.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +19,11 @@ import numpy.typing as npt
 from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.continuation import Continuation
 from cosmos_runtime.decoder_graph import DecoderGraph
+from cosmos_runtime.device_samplers import Samplers
 from cosmos_runtime.device_sampling import parameters, sampler_for
 from cosmos_runtime.device_slot import DeviceSlot, Reading
 from cosmos_runtime.errors import CosmosRuntimeError
-from cosmos_runtime.manifest import SAMPLER, GraphSpec
-from cosmos_runtime.providers import create_inference_session
-
-if TYPE_CHECKING:
-    import onnxruntime
+from cosmos_runtime.manifest import GraphSpec
 
 # Steps of one piece: long enough that the host's part of it does not count, short enough to stream, and to stop.
 _STEPS = 8
@@ -44,16 +40,14 @@ class DeviceLoops:
     """
 
     def __init__(self, graph: DecoderGraph, bundle: Bundle, provider: str) -> None:
-        self._graph, self._bundle, self._provider = graph, bundle, provider
-        self._specs = {n: s for n, s in bundle.manifest.graphs.items() if n.startswith(f"{SAMPLER}.")}
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
+        self._graph, self._samplers = graph, Samplers(bundle, provider, graph.stream)
         self._free: list[DeviceSlot] = []
         self._abandoned: deque[DeviceSlot] = deque()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cosmos-device-loop")
 
     def sampler(self, rows: Sequence[Continuation]) -> str | None:
         """The sampler that can choose for these rows together; None where there is none, and the host has to choose."""
-        return sampler_for(rows, self._specs, self._graph.vocab_size)
+        return sampler_for(rows, self._samplers.specs, self._graph.vocab_size)
 
     def start(self, rows: Sequence[Continuation]) -> "DeviceLoop":
         """A loop that continues these rows. Raises: CosmosRuntimeError without room for its buffers."""
@@ -62,12 +56,16 @@ class DeviceLoops:
             raise CosmosRuntimeError("device loop: no sampler of this bundle can choose so; ask `sampler` first")
         slot = self._worker.submit(self._take, len(rows), max(row.capacity for row in rows), name).result()
         give_back, abandon = partial(self._give_back, slot), partial(self._abandoned.append, slot)
-        return DeviceLoop(self._worker, give_back, abandon, slot, name, self._specs[name], rows)
+        return DeviceLoop(self._worker, give_back, abandon, slot, name, self._samplers.specs[name], rows)
 
     def _take(self, batch: int, capacity: int, sampler: str) -> DeviceSlot:
         """Buffers for `batch` rows of `capacity` tokens with a sampler: kept ones where they are large enough."""
         while self._abandoned:
             self._give_back(self._abandoned.popleft())
+        with self._graph.stream.working():
+            return self._prepared(batch, capacity, sampler)
+
+    def _prepared(self, batch: int, capacity: int, sampler: str) -> DeviceSlot:
         fitting = [slot for slot in self._free if slot.batch == batch and slot.length >= capacity]
         slot = min(fitting, key=lambda slot: slot.length, default=None)
         if slot is None:
@@ -75,19 +73,11 @@ class DeviceLoops:
             slot = DeviceSlot(self._graph, batch, _cache_length(capacity, self._graph.max_sequence_length))
         else:
             self._free.remove(slot)
-        slot.add_sampler(sampler, self._session(sampler), self._specs[sampler])
+        slot.add_sampler(sampler, self._samplers)
         return slot
 
     def _give_back(self, slot: DeviceSlot) -> None:
         self._free = [slot, *self._free][:_KEPT_SLOTS]
-
-    def _session(self, sampler: str) -> "onnxruntime.InferenceSession":
-        if sampler not in self._sessions:
-            file = self._bundle.file(self._specs[sampler].file)
-            self._sessions[sampler] = create_inference_session(
-                file, self._provider, 1, self._graph.stream, replays=True
-            )
-        return self._sessions[sampler]
 
 
 class DeviceLoop:
@@ -159,7 +149,8 @@ class DeviceLoop:
 
     def _begin(self, steps: int) -> Reading:
         values = parameters(self._rows, self._spec, self._slot.length)
-        self._slot.begin(self._sampler, [row.prompt_ids for row in self._rows], values)
+        with self._slot.stream.working():
+            self._slot.begin(self._sampler, [row.prompt_ids for row in self._rows], values)
         return self._slot.read()
 
     def _advance(self, steps: int) -> Reading:

@@ -16,6 +16,7 @@ from cosmos_runtime.arrays import TokenIds
 from cosmos_runtime.binding import GraphBinding, device_run_options
 from cosmos_runtime.cache import KeyValueCache
 from cosmos_runtime.decoder_graph import DecoderGraph
+from cosmos_runtime.device_samplers import Samplers, Work
 from cosmos_runtime.device_stream import DeviceArray, Pending
 from cosmos_runtime.manifest import GraphSpec, Role, TensorSpec
 
@@ -50,10 +51,11 @@ class DeviceSlot:
     """Buffers for `batch` rows of up to `length` tokens, bound once and captured once; one request at a time."""
 
     def __init__(self, graph: DecoderGraph, batch: int, length: int) -> None:
-        self.batch, self.length, self._graph, self._stream = batch, length, graph, graph.stream
+        self.batch, self.length, self._graph, self.stream = batch, length, graph, graph.stream
         self._cache = KeyValueCache(graph.spec, batch, length, graph.stream)
         self._arrays: dict[str, DeviceArray] = {}
-        self._samplers: dict[str, _Captured] = {}
+        self._samplers: dict[str, Work] = {}
+        self._steps: dict[str, Sequence[Work]] = {}  # a token of the decoder, and the choice of the next one
         self._logits = self._array(graph.spec.output(Role.LOGITS))
         self._staged = _Staging(graph, batch, min(PREFILL_TOKENS, batch * length))
         self._readings = itertools.cycle([self._host_arrays() for _ in range(3)])
@@ -62,37 +64,36 @@ class DeviceSlot:
         self._bind_decoder(self._decoder.binding)
         self._capture(self._decoder)
 
-    def add_sampler(self, name: str, session: "onnxruntime.InferenceSession", spec: GraphSpec) -> None:
-        """Bind and capture a sampler, unless that was done before."""
+    def add_sampler(self, name: str, samplers: Samplers) -> None:
+        """Have a sampler choose over these buffers, unless one of that name does already."""
         if name in self._samplers:
             return
-        sampler = _Captured(GraphBinding(session, name))
-        for tensor in spec.inputs:
-            sampler.binding.bind_input_memory(tensor.name, self._array(tensor).memory())
-        for tensor in spec.outputs:
-            sampler.binding.bind_output_memory(tensor.name, self._array(tensor).memory())
-        self._capture(sampler)
-        self._samplers[name] = sampler
+        kernel = samplers.kernel(name, self._array)
+        self._samplers[name] = kernel or self._captured_sampler(samplers.graph(name), samplers.specs[name], name)
+        decoder = self._decoder.binding.launches() if kernel else None
+        self._steps[name] = (
+            [decoder.followed_by(kernel)] if kernel and decoder else [self._decoder, self._samplers[name]]
+        )
 
     def begin(self, name: str, prompts: Sequence[TokenIds], values: Mapping[Role, npt.NDArray[Any]]) -> None:
         """Forget the last request: set what the sampler keeps, fill the cache with prompts, choose the first tokens."""
         for role, value in values.items():
-            self._stream.upload(np.ascontiguousarray(value), self._arrays[role])
+            self.stream.upload(np.ascontiguousarray(value), self._arrays[role])
         for first, rows in groups([len(prompt) for prompt in prompts]):
             self._prefill(first, [prompts[row] for row in rows])
         self._samplers[name].enqueue()
 
     def step(self, name: str) -> None:
         """One more token for every row."""
-        self._decoder.enqueue()
-        self._samplers[name].enqueue()
+        for work in self._steps[name]:
+            work.enqueue()
 
     def read(self) -> Reading:
         """Copy what has been chosen to the host, behind the work so far."""
         history, logits = next(self._readings)
         return Reading(
-            self._stream.download(self._arrays[Role.HISTORY], history),
-            self._stream.download(self._arrays[Role.CHOSEN_LOGIT], logits),
+            self.stream.download(self._arrays[Role.HISTORY], history),
+            self.stream.download(self._arrays[Role.CHOSEN_LOGIT], logits),
         )
 
     def _prefill(self, first: int, prompts: Sequence[TokenIds]) -> None:
@@ -104,7 +105,7 @@ class DeviceSlot:
         binding.bind_output_memory(self._graph.logits, self._logits.memory(shape, first * shape[1]))
         for start in range(0, longest, PREFILL_TOKENS):  # a row that is longer than that is alone
             pieces = [prompt[start : start + PREFILL_TOKENS] for prompt in prompts]
-            self._staged.bind(binding, self._stream, pieces, before=start)
+            self._staged.bind(binding, self.stream, pieces, before=start)
             binding.enqueue(self._prefill_options)
 
     def _bind_decoder(self, binding: GraphBinding) -> None:
@@ -113,12 +114,21 @@ class DeviceSlot:
         for role in (Role.TOKENS, Role.LAST_INDEX):
             tensor = spec.input(role)
             binding.bind_input_memory(tensor.name, self._array(tensor, columns=1).memory())
-        rows = DeviceArray((self.batch,), "int64", self._stream.device)
-        self._stream.upload(np.arange(self.batch), rows)
+        rows = DeviceArray((self.batch,), "int64", self.stream.device)
+        self.stream.upload(np.arange(self.batch), rows)
         binding.bind_input_memory(spec.input(Role.LOGIT_ROWS).name, rows.memory())
         # For the choice of kernels; how long a row is stands in its last index.
         binding.bind_input(spec.input(Role.TOTAL_LENGTH).name, np.array(self.length, np.int32))
         binding.bind_output_memory(self._graph.logits, self._logits.memory())
+
+    def _captured_sampler(self, graph: "onnxruntime.InferenceSession", spec: GraphSpec, name: str) -> "_Captured":
+        sampler = _Captured(GraphBinding(graph, name))
+        for tensor in spec.inputs:
+            sampler.binding.bind_input_memory(tensor.name, self._array(tensor).memory())
+        for tensor in spec.outputs:
+            sampler.binding.bind_output_memory(tensor.name, self._array(tensor).memory())
+        self._capture(sampler)
+        return sampler
 
     def _array(self, tensor: TensorSpec, columns: int | None = None) -> DeviceArray:
         """The buffer that a tensor of this role, or its next value, is in; made when it is first asked for, with zeros.
@@ -129,19 +139,19 @@ class DeviceSlot:
         if role not in self._arrays:
             sizes = (self.batch, self.length if columns is None else columns)
             shape = tuple(a if isinstance(a, int) else sizes[i] for i, a in enumerate(tensor.shape))
-            self._arrays[role] = DeviceArray(shape, tensor.dtype, self._stream.device)
-            self._stream.clear(self._arrays[role].address, self._arrays[role].size)
+            self._arrays[role] = DeviceArray(shape, tensor.dtype, self.stream.device)
+            self.stream.clear(self._arrays[role].address, self._arrays[role].size)
         return self._arrays[role]
 
     def _capture(self, captured: "_Captured") -> None:
         """Run once, on what lies in the buffers: ONNX Runtime runs a graph that it captures three times."""
-        with self._stream.capturing():
+        with self.stream.capturing():
             captured.enqueue()
-            self._stream.wait()
+            self.stream.wait()
 
     def _host_arrays(self) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        history = self._stream.host_array((self.batch, self.length), "int64")
-        return history, self._stream.host_array((self.batch, 1), "float32")
+        history = self.stream.host_array((self.batch, self.length), "int64")
+        return history, self.stream.host_array((self.batch, 1), "float32")
 
 
 class _Captured:

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from importlib.resources import files
 from pathlib import Path
 
 from cosmos_runtime.errors import CosmosRuntimeError, ProviderError
@@ -18,6 +19,12 @@ from cosmos_runtime.errors import CosmosRuntimeError, ProviderError
 _LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _ELF = b"\x7fELF"  # what machine code for a GPU begins with
 _WINDOWS_LIBRARIES = ("nvrtc64_130_0.dll", "nvrtc64_120_0.dll")
+
+
+def joined_source(*names: str) -> str:
+    """Files of this package as one CUDA program, behind what all of them begin with."""
+    package = files("cosmos_runtime")
+    return "\n".join(package.joinpath(name).read_text(encoding="utf-8") for name in ("kernel_basics.cu", *names))
 
 
 def compiled(source: str, definitions: Mapping[str, object], architecture: str) -> bytes:
@@ -43,7 +50,7 @@ def compile_kernels(source: str, definitions: Mapping[str, object], architecture
     """
     compiler = _compiler()
     program = ctypes.c_void_p()
-    created = compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"decode_kernels.cu", 0, None, None)
+    created = compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
     if created != 0:
         raise CosmosRuntimeError(f"NVRTC: {_words(compiler, created)}")
     try:
@@ -54,7 +61,7 @@ def compile_kernels(source: str, definitions: Mapping[str, object], architecture
         if status != 0:
             log = _text(compiler, program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
             raise CosmosRuntimeError(
-                f"NVRTC cannot compile the decoding kernels for {architecture}: {_words(compiler, status)}: "
+                f"NVRTC cannot compile the kernels for {architecture}: {_words(compiler, status)}: "
                 f"{log.decode(errors='replace')[:400]}; set COSMOS_DECODE_KERNELS=0 to decode with ONNX Runtime's"
             )
         return _text(compiler, program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
@@ -78,7 +85,7 @@ def _compiler() -> ctypes.CDLL:
         library.nvrtcGetErrorString.restype = ctypes.c_char_p
         return library
     raise ProviderError(
-        "provider 'cuda': NVRTC, which compiles the decoding kernels, is not installed; install it with: "
+        "provider 'cuda': NVRTC, which compiles this runtime's kernels, is not installed; install it with: "
         'pip install "cosmos-export[gpu]" (package nvidia-cuda-nvrtc), or set COSMOS_DECODE_KERNELS=0 to decode with '
         "ONNX Runtime's kernels"
     )

@@ -10,7 +10,8 @@ import numpy as np
 
 from cosmos_runtime.binding import Array, GraphBinding, Memory, OnnxGraph
 from cosmos_runtime.cache import cache_pairs
-from cosmos_runtime.decode_kernels import DecodeKernels, DecodeStep
+from cosmos_runtime.cuda_graph import LaunchSequence
+from cosmos_runtime.decode_kernels import DecodeKernels
 from cosmos_runtime.device_stream import DeviceArray
 from cosmos_runtime.errors import CosmosRuntimeError
 from cosmos_runtime.kernel_spec import MOST_ROWS
@@ -44,7 +45,7 @@ class KernelBinding(GraphBinding):
         self._rows, self._logits = spec.input(Role.LOGIT_ROWS).name, spec.output(Role.LOGITS).name
         self._pasts = [past.name for past, _ in cache_pairs(spec)]
         self._staged: dict[str, DeviceArray] = {}
-        self._step: tuple[tuple[int, ...], DecodeStep] | None = None
+        self._step: tuple[tuple[int, ...], LaunchSequence] | None = None
         self._cancelled = False
 
     def bind_input(self, name: str, array: Array) -> None:
@@ -96,6 +97,10 @@ class KernelBinding(GraphBinding):
             self._bind_late()
             super().enqueue(options)
 
+    def launches(self) -> LaunchSequence | None:
+        """What `enqueue` gives to the device, where ONNX Runtime has no part in it."""
+        return self._current_step() if self._is_one_token() else None
+
     def cancel(self) -> None:
         """Make every later run fail at once; may be called from another thread."""
         self._cancelled = True
@@ -117,7 +122,7 @@ class KernelBinding(GraphBinding):
         in_order = isinstance(rows, Memory) or (rows is not None and np.array_equal(rows, np.arange(tokens.shape[0])))
         return in_order and logits.shape[0] == tokens.shape[0]
 
-    def _current_step(self) -> DecodeStep:
+    def _current_step(self) -> LaunchSequence:
         """The step over the buffers that are bound, made when they are first seen together."""
         first = self._bound[self._pasts[0]]
         addresses = [self._address(name) for name in (self._tokens, self._last, self._logits)]

@@ -13,6 +13,7 @@ from onnx import GraphProto, helper, numpy_helper
 from cosmos_export.parity.gates import Arithmetic, Verdict
 from cosmos_export.parity.report import ParityReport
 from cosmos_export.parity.verify import verify_bundle
+from cosmos_runtime.decoder_graph import Stepper
 
 from .mutants import TensorFault, attribute_of, nodes_of, with_graph_fault, with_tensor_fault
 
@@ -130,8 +131,23 @@ def test_a_fault_of_the_cache_fails_where_tokens_come_in_pieces(fault, small_dec
     """And nowhere else: a prefill does not read what was there before."""
     report = verify_bundle(with_graph_fault(small_decoder, tmp_path, fault), small_checkpoint)
     failed = _failed(report, Arithmetic.FLOAT32)
-    assert len(failed) == 4
-    assert all("decode" in name or "chunks" in name or "unequal" in name for name in failed)
+    assert len(failed) == 5
+    assert all(any(word in name for word in ("decode", "chunks", "unequal", "one by one")) for name in failed)
+    assert not report.passed
+
+
+def test_a_fault_of_single_tokens_near_the_maximum_fails(
+    small_decoder, small_checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    """Where a kernel has another way for long rows: here the newest token is not attended to from position 60 on."""
+    step = Stepper.step
+
+    def faulty(self, tokens, lengths):
+        return step(self, tokens, lengths - (lengths > 60) if isinstance(lengths, int) else lengths)
+
+    monkeypatch.setattr(Stepper, "step", faulty)
+    report = verify_bundle(small_decoder.path, small_checkpoint)
+    assert _failed(report, Arithmetic.FLOAT32) == ["1 x 64 tokens, the last 4 one by one"]
     assert not report.passed
 
 

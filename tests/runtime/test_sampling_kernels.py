@@ -1,0 +1,46 @@
+"""What can be said of the sampling kernels without a GPU; what they choose is in tests/export/test_samplers.py."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cosmos_runtime import GraphSpec, Role, TensorSpec, kernel_compiler
+from cosmos_runtime.device_stream import DeviceArray, HostStream
+from cosmos_runtime.sampling_kernels import SOURCE, SamplingKernels, _Buffers, definitions, sampling_kernels
+
+CODE = Path(kernel_compiler.__file__).with_name(SOURCE).read_text(encoding="utf-8")
+
+
+def test_every_macro_that_the_source_reads_is_given() -> None:
+    words = set(re.findall(r"\b[A-Z][A-Z_]{2,}\b", re.sub(r"//.*", "", CODE)))
+    assert words - set(re.findall(r"#define (\w+)", CODE)) == definitions(1000, 64).keys()
+
+
+def test_buffers_are_in_the_order_of_the_source() -> None:
+    structure = re.search(r"struct Buffers \{(.*?)\n\};", CODE, re.DOTALL)
+    assert structure is not None
+    named = re.findall(r"^\s*[\w ]+?\*?\s(\w+);", structure[1], re.MULTILINE)
+    assert named == [name for name, *_ in _Buffers._fields_]
+
+
+def test_every_kernel_that_is_asked_for_is_in_the_source() -> None:
+    kernels = set(re.findall(r'extern "C" __global__ .*?(choose_\w+)\(', CODE))
+    assert kernels == {"choose_greedy", "choose_top_k", "choose_any"}
+
+
+def test_on_the_host_there_are_none() -> None:
+    assert sampling_kernels(HostStream(), 1000) is None
+
+
+@pytest.mark.parametrize(("name", "candidates"), [("sampler.top_k", 65), ("sampler.of_a_later_version", 64)])
+def test_what_they_cannot_do_is_left_to_the_graph(name: str, candidates: int) -> None:
+    """More candidates than a warp draws from; a sampler that this runtime does not know."""
+    spec = GraphSpec(
+        file="s.onnx",
+        opset=18,
+        inputs=(TensorSpec("rank_bias", Role.RANK_BIAS, "float64", ("B", candidates)),),
+        outputs=(),
+    )
+    arrays = {Role.HISTORY: DeviceArray((2, 8), "int64", "cpu")}
+    assert SamplingKernels(HostStream(), 1000).sampler(name, spec, arrays) is None  # type: ignore[arg-type]
