@@ -143,7 +143,7 @@ def _limits(axis: Any, rows: list[dict[str, Any]], entries: list[dict[str, Any]]
 def environment(threads: int, versions: dict[str, str]) -> dict[str, Any]:
     """The machine, the versions of what was compared, the commit and the date."""
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "cpu": _cpu_name(),
         "processors": os.cpu_count(),
@@ -155,7 +155,8 @@ def environment(threads: int, versions: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """What is checked out, as git describes it."""
     described = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(described, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
