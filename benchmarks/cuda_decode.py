@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.engines.torch_static import StaticDecoder, load_llama
-from benchmarks.report import environment
+from benchmarks.report import commit, environment
 from benchmarks.roofline import cache_bytes, weight_bytes
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.model.loading import preset_checkpoint
@@ -199,6 +199,7 @@ def bench_model(
             cache = cache_bytes(paths["fp16"], setting.prompt + setting.new // 2) * setting.batch
             yield {
                 "model": name,
+                "commit": commit(),
                 **vars(setting),
                 "weight_bytes": reads,
                 "cache_bytes": cache,
@@ -207,6 +208,10 @@ def bench_model(
             del runs
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def _setting(result: dict[str, Any]) -> tuple[str, int, int]:
+    return result["model"], result["batch"], result["prompt"]
 
 
 def versions() -> dict[str, str]:
@@ -243,7 +248,8 @@ def table(results: list[dict[str, Any]]) -> str:
 @click.option("--settings", "wanted", help="Batches and prompts, such as 1x128,64x2048; all of them if left out.")
 @click.option("--bundles", "kept", type=click.Path(path_type=Path), help="Take bundles from here, or make them here.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/cuda_decode.json"))
-def main(models: str, recipes: str, wanted: str | None, kept: Path | None, out: Path) -> None:
+@click.option("--keep", is_flag=True, help="Keep the results in --out that this run does not measure again.")
+def main(models: str, recipes: str, wanted: str | None, kept: Path | None, out: Path, keep: bool) -> None:
     """Measure, print a table, write the results."""
     if not torch.cuda.is_available():
         raise click.UsageError("this benchmark needs an NVIDIA GPU that PyTorch can use")
@@ -255,11 +261,11 @@ def main(models: str, recipes: str, wanted: str | None, kept: Path | None, out: 
         "device": torch.cuda.get_device_name(),
         "copy_bytes_per_second": copy_bandwidth(),
         "environment": environment(0, versions()),
-        "results": [],
+        "results": json.loads(out.read_text(encoding="utf-8"))["results"] if keep else [],
     }
     for model in models.split(","):
         for result in bench_model(model, tuple(recipes.split(",")), settings, kept):
-            document["results"].append(result)
+            document["results"] = [*(r for r in document["results"] if _setting(r) != _setting(result)), result]
             out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")  # what there is so far
             click.echo(table([result]))
 

@@ -3,10 +3,10 @@
 //
 //     D dim    H heads    K key/value heads    E head_dim    F hidden_dim    V vocab_size    B batch (1 to 8)
 //
-// Given as macros: BATCH, DIM, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB, EPS, SCALE,
-// SPLITS (parts of a long attention), RING (pieces of a
-//     matrix that each warp has under way), QKV_TILES, ... (eights of rows that a block takes at once), BITS and HEAD_BITS (of a projection's and of the embedding's weights: 16, 8 or 4),
-// BLOCK and HEAD_BLOCK (weights that share a scale), BFLOAT16 where the 16-bit type is that one.
+// Given as macros: BATCH, DIM, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB, EPS, SCALE, SPLITS (parts of a long attention),
+// RING (pieces of a matrix that each warp has under way), QKV_TILES, ... (eights of rows that a block takes at once),
+// BITS and HEAD_BITS (of a projection's and of the embedding's weights: 16, 8 or 4), BLOCK and HEAD_BLOCK (weights that
+// share a scale), BFLOAT16 where the 16-bit type is that one.
 //
 // Each kernel may start while the one before it still runs: it reads weights, which never change, and waits before it
 // reads anything else. Follows kernel_basics.cu.
@@ -377,6 +377,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) project_down(const u16* x,
 // takes one position at a time, and reads several ahead. The block that is done last puts the parts together.
 
 #define ATTENTION_THREADS (GROUP <= 4 ? 256 : 128)
+#define ATTENTION_BLOCKS (BATCH == 1 ? 1 : 2)  // of a multiprocessor: several rows have work for more
 #define LANES (HEAD_DIM / 8)
 #define TEAMS (ATTENTION_THREADS / LANES)
 #define AHEAD 4
@@ -427,11 +428,58 @@ struct Running {
       for (int i = 0; i < 8; i++) sums[g][i] = sums[g][i] * before + now * v[i];
     }
   }
+  // Several positions at once: what was summed up is scaled once for all of them.
+  template <int count> __device__ __forceinline__ void add(
+      const Word4 (&keys)[count], const Word4 (&values)[count], const float* query, const bool (&there)[count]) {
+    float scores[count][GROUP];
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+      const Float4 q0 = *(const Float4*)(query + g * HEAD_DIM), q1 = *(const Float4*)(query + g * HEAD_DIM + 4);
+#pragma unroll
+      for (int i = 0; i < count; i++) {
+        float k[8];
+        unpack(keys[i], k);
+        scores[i][g] = k[0] * q0.x + k[1] * q0.y + k[2] * q0.z + k[3] * q0.w + k[4] * q1.x + k[5] * q1.y + k[6] * q1.z + k[7] * q1.w;
+      }
+    }
+#pragma unroll
+    for (int o = LANES / 2; o; o >>= 1)
+#pragma unroll
+      for (int i = 0; i < count; i++)
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) scores[i][g] += __shfl_xor_sync(~0u, scores[i][g], o);
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+      float most = largest[g];
+#pragma unroll
+      for (int i = 0; i < count; i++)
+        if (there[i]) most = fmaxf(most, scores[i][g]);
+      const float before = exp2f(largest[g] - most);
+      largest[g] = most;
+      weight[g] *= before;
+#pragma unroll
+      for (int i = 0; i < 8; i++) sums[g][i] *= before;
+#pragma unroll
+      for (int i = 0; i < count; i++) {
+        scores[i][g] = there[i] ? exp2f(scores[i][g] - most) : 0.0f;
+        weight[g] += scores[i][g];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+      float v[8];
+      unpack(values[i], v);
+#pragma unroll
+      for (int g = 0; g < GROUP; g++)
+#pragma unroll
+        for (int e = 0; e < 8; e++) sums[g][e] += scores[i][g] * v[e];
+    }
+  }
 };
 
 // qkv (B, QKV) float32; last_index (B,), the new token's position; keys, values (B, K, length, E), which get it;
 // cos, sin (S, E / 2); parts: scratch; done (B, K), zeros, and zeros again afterwards; out (B, H * E)
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attend(
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, ATTENTION_BLOCKS) attend(
     const float* qkv, const int* last_index, int length, u16* keys, u16* values, const u16* cos, const u16* sin, float* parts, u32* done, u16* out) {
   __shared__ alignas(16) float query[GROUP * HEAD_DIM];
   __shared__ alignas(16) u16 new_key[HEAD_DIM], new_value[HEAD_DIM];
@@ -480,8 +528,10 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attend(
         if (at < end) { k[i] = load_weights(own_keys + (i64)at * HEAD_DIM); v[i] = load_weights(own_values + (i64)at * HEAD_DIM); }
       }
     }
+    bool there[AHEAD];
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) running.add(k[i], v[i], query + lane * 8, base + i * TEAMS + team < end);
+    for (int i = 0; i < AHEAD; i++) there[i] = base + i * TEAMS + team < end;
+    running.add(k, v, query + lane * 8, there);
   }
   if (has_new) running.add(*(const Word4*)(new_key + lane * 8), *(const Word4*)(new_value + lane * 8), query + lane * 8, team == 0);
 #pragma unroll

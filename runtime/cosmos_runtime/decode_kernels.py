@@ -31,8 +31,9 @@ OLDEST = (8, 0)
 
 # As in decode_kernels.cu.
 _WARPS, _RING, _THREADS = 8, 16, 256
-# Parts of one row's positions that are attended to at once.
-_SPLITS = 32
+# Parts of a row's positions that are attended to at once, at most; and blocks for them that one multiprocessor holds
+# where there are several rows.
+_SPLITS, _ATTENTION_BLOCKS = 32, 2
 # Blocks of a product that one multiprocessor holds.
 _BLOCKS = 3
 
@@ -96,7 +97,9 @@ class DecodeKernels:
         return CudaModule(self.stream, code), plan
 
     def _compiled(self, batch: int, plan: WholeStep | None) -> bytes:
-        macros = definitions(self.spec, batch) | (plan.definitions(len(self.spec.layers)) if plan else {})
+        macros = definitions(self.spec, batch, self._device.multiprocessors) | (
+            plan.definitions(len(self.spec.layers)) if plan else {}
+        )
         return compiled(kernel_source(plan is not None), macros, self._device.architecture)
 
     def address(self, tensor: StoredTensor) -> int:
@@ -106,6 +109,10 @@ class DecodeKernels:
     def matrix(self, matrix: StoredMatrix) -> tuple[int, int]:
         """Addresses of values and scales."""
         return self.address(matrix.values), 0 if matrix.scales is None else self.address(matrix.scales)
+
+    def splits(self, batch: int) -> int:
+        """Parts of each row's positions that are attended to at once."""
+        return splits(self.spec, batch, self._device.multiprocessors)
 
     def blocks(self, tiles: int) -> int:
         """Blocks of a product with so many tiles: all have equally many, and all are on the device at once."""
@@ -126,7 +133,13 @@ def tiles(spec: KernelSpec) -> dict[str, int]:
     return {"QKV_TILES": 1, "OUT_TILES": 1, "GATE_TILES": gate, "DOWN_TILES": 1, "LOGIT_TILES": logits}
 
 
-def definitions(spec: KernelSpec, batch: int) -> dict[str, object]:
+def splits(spec: KernelSpec, batch: int, multiprocessors: int) -> int:
+    """Parts of each row's positions: no more than are on the device at once, as a block that waits for another's place
+    costs more than a longer part."""
+    return max(1, min(_SPLITS, _ATTENTION_BLOCKS * multiprocessors // (spec.kv_heads * batch)))
+
+
+def definitions(spec: KernelSpec, batch: int, multiprocessors: int) -> dict[str, object]:
     """The macros that `decode_kernels.cu` wants."""
     matrix = spec.layers[0].qkv
     values: dict[str, object] = {
@@ -139,7 +152,7 @@ def definitions(spec: KernelSpec, batch: int) -> dict[str, object]:
         "VOCAB": spec.vocab_size,
         "EPS": f"{spec.norm_eps!r}f",
         "SCALE": f"{spec.head_dim**-0.5!r}f",
-        "SPLITS": _SPLITS,
+        "SPLITS": splits(spec, batch, multiprocessors),
         "RING": _RING,
         "BITS": matrix.bits,
         "BLOCK": matrix.block or 1,
@@ -163,7 +176,7 @@ class SeparateKernels:
         cache: Sequence[int],
     ) -> None:
         self._kernels, self._module, self._batch, self._length = kernels, module, batch, length
-        self._tiles = tiles(kernels.spec)
+        self._tiles, self._splits = tiles(kernels.spec), kernels.splits(batch)
         self._inputs, self._cache = inputs, cache
         self.scratch = self._buffers()
 
@@ -176,7 +189,7 @@ class SeparateKernels:
             "attended": DeviceArray((batch, spec.heads * spec.head_dim), spec.dtype, stream.device),
             "gated": DeviceArray((batch, spec.hidden_dim), spec.dtype, stream.device),
             "parts": DeviceArray(
-                (batch * spec.kv_heads * _SPLITS * group, spec.head_dim + 4), "float32", stream.device
+                (batch * spec.kv_heads * self._splits * group, spec.head_dim + 4), "float32", stream.device
             ),
             "done": DeviceArray((batch, spec.kv_heads), "int32", stream.device),
         }
@@ -230,7 +243,7 @@ class SeparateKernels:
         arguments = [*head, ctypes.c_int(self._length), *self._addresses(*tail)]
         threads = 256 if spec.heads // spec.kv_heads <= 4 else 128
         function = self._module.function("attend", 0)
-        return Launch(function, (spec.kv_heads, _SPLITS, self._batch), threads, 0, arguments, early=True)
+        return Launch(function, (spec.kv_heads, self._splits, self._batch), threads, 0, arguments, early=True)
 
     @staticmethod
     def _addresses(*addresses: int) -> list[Any]:

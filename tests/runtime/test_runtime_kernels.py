@@ -16,7 +16,7 @@ from cosmos_runtime import (
     StoredTensor,
     kernel_compiler,
 )
-from cosmos_runtime.decode_kernels import definitions, shared_bytes, tiles
+from cosmos_runtime.decode_kernels import definitions, shared_bytes, splits, tiles
 
 SOURCE = Path(kernel_compiler.__file__).with_name("decode_kernels.cu").read_text(encoding="utf-8")
 
@@ -88,7 +88,7 @@ def test_a_description_that_is_wrong_names_the_key(path: tuple[str | int, ...], 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_every_macro_that_the_source_reads_is_given(bits: int) -> None:
     """Words in capitals that the source neither defines nor has as a template's or a structure's own constant."""
-    given = definitions(spec(bits), batch=2)
+    given = definitions(spec(bits), 2, 132)
     code = re.sub(r"//.*", "", SOURCE)
     words = set(re.findall(r"\b[A-Z][A-Z_]{2,}\b", re.sub(r'"[^"]*"', "", code)))
     own = set(re.findall(r"#define (\w+)", code)) | set(re.findall(r"static constexpr int (\w+)", code))
@@ -104,6 +104,14 @@ def test_blocks_have_room_on_the_oldest_gpu() -> None:
         assert shared_bytes(8, 8192, widest, sets=1) <= 227 * 1024
         assert shared_bytes(1, 8192, widest, sets=1) <= 99 * 1024
     assert all(count in (1, 2) for count in tiles(spec(4)).values())
+
+
+def test_parts_of_an_attention_are_on_the_device_together() -> None:
+    """Two blocks a multiprocessor where there are several rows; at most 32 parts, and at least one."""
+    for batch in range(2, 9):
+        assert splits(spec(), batch, 132) * batch * spec().kv_heads <= 2 * 132
+    assert splits(spec(), 1, 132) == 32
+    assert splits(spec(), 8, 4) == 1
 
 
 def test_code_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
