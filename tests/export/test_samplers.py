@@ -173,7 +173,10 @@ ODD = {
     "all negative": lambda draw, size: -np.exp(draw.normal(0, 9, size)).astype(np.float32),
     "near each other": lambda draw, size: draw.normal(0, 1e-3, size).astype(np.float32),
     "far apart": lambda draw, size: draw.normal(0, 1e30, size).astype(np.float32),
-    "one group of a kernel": lambda draw, size: ((np.arange(size) % 1024 < 3) * draw.random(size)).astype(np.float32),
+    "few groups": lambda draw, size: ((np.arange(size) % 1024 < 90) * (1 + draw.random(size))).astype(np.float32),
+    "fewer groups than candidates": lambda draw, size: ((np.arange(size) % 1024 < 3) * draw.random(size)).astype(
+        np.float32
+    ),
 }
 
 

@@ -1,0 +1,132 @@
+"""What the kernels compute that choose tokens and attend, without a GPU: on the host, a thread a fiber."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from cosmos_runtime import Role, Sampling
+from cosmos_runtime.continuation import Continuation, Limits
+from cosmos_runtime.sampling import sample
+from cosmos_runtime.sampling_kernels import _ROLES, _Buffers, definitions
+
+from .kernels_on_host import attention_library, needs_compiler, sampling_library
+
+LENGTH, PROMPT, VOCAB = 16, 12, 40_000
+WAYS = {
+    "choose_greedy": Sampling(temperature=0, repetition_penalty=1.5),
+    "choose_top_k": Sampling(temperature=0.7, top_k=50, top_p=0.93, seed=4),
+    "choose_any": Sampling(temperature=1.1, repetition_penalty=1.2, seed=4),
+}
+
+
+def buffers_of(row: Continuation, way: Sampling, logits: np.ndarray) -> dict[Role, np.ndarray]:
+    """What `device_sampling.parameters` makes of one row, without a graph's signature."""
+    uniforms = np.zeros((1, LENGTH))
+    uniforms[0, PROMPT:] = row.uniforms()
+    seen = np.ones((1, VOCAB), np.float32)
+    seen[0, row.prompt_ids] = way.repetition_penalty
+    return {
+        Role.LOGITS: logits[None],
+        Role.TOKENS: np.zeros((1, 1), np.int64),
+        Role.LAST_INDEX: np.array([PROMPT - 1], np.int32),
+        Role.HISTORY: np.zeros((1, LENGTH), np.int64),
+        Role.LIMIT: np.array([LENGTH - 1], np.int32),
+        Role.GOES_ON: np.ones(VOCAB, np.bool_),
+        Role.CHOSEN_LOGIT: np.zeros((1, 1), np.float32),
+        Role.PENALTY: np.full((1, 1), way.repetition_penalty, np.float32),
+        Role.SEEN: seen,
+        Role.SHARPNESS: np.array([[1 / (way.temperature or 1)]]),
+        Role.UNIFORMS: uniforms,
+        Role.RANK_BIAS: np.where(np.arange(64) < way.top_k, 0.0, -np.inf)[None],
+        Role.TOP_P: np.array([[way.top_p]]),
+    }
+
+
+# A usual row, and rows that a search for the largest logits may stumble over: equal ones, and a thousand and more that
+# reach every bound in few groups.
+LOGITS = {
+    "normal": lambda draw: np.round(draw.normal(0, 3, VOCAB) * 8) / 8,
+    "two values": lambda draw: draw.random(VOCAB) < 0.5,
+    "few groups": lambda draw: (np.arange(VOCAB) % 1024 < 90) * (1 + draw.random(VOCAB)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize("kernel", WAYS)
+def test_a_kernel_chooses_as_the_function_does(kernel: str, kind: str) -> None:
+    draw, way = np.random.default_rng(3), WAYS[kernel]
+    limits = Limits.checked(
+        max_new_tokens=LENGTH - PROMPT, min_new_tokens=0, max_sequence_length=LENGTH, stop_ids=(), vocab_size=VOCAB
+    )
+    row = Continuation(draw.integers(0, VOCAB, PROMPT), limits, way)
+    logits, by_hand = LOGITS[kind](draw).astype(np.float32), way.generator()
+    arrays = buffers_of(row, way, logits)
+    between, done = np.zeros((1, 1024), np.int64), np.zeros(1, np.int32)
+    places = [arrays[role].ctypes.data for role in _ROLES]
+    at = _Buffers(*places, between.ctypes.data, done.ctypes.data, LENGTH)
+    library = sampling_library(definitions(VOCAB, 64))
+    tokens: list[int] = []
+    for _ in range(2):
+        tokens.append(sample(logits, [*row.prompt, *tokens], way, by_hand))
+        getattr(library, f"on_host_{kernel}")(32, ctypes.byref(at))
+        assert arrays[Role.TOKENS].item() == tokens[-1]
+        assert arrays[Role.CHOSEN_LOGIT].item() == logits[tokens[-1]]
+        assert done.item() == 0
+    assert arrays[Role.HISTORY][0, PROMPT:].tolist() == [*tokens, 0, 0]
+    assert arrays[Role.LAST_INDEX].item() == PROMPT + 1
+
+
+def attended(qkv: np.ndarray, keys: np.ndarray, values: np.ndarray, last: np.ndarray, group: int) -> np.ndarray:
+    """Attention (B, H, E) in float64 over the cache and the new token, without rotation."""
+    batch, kv_heads, _, width = keys.shape
+    heads = group * kv_heads
+    new = qkv.reshape(batch, -1, width).astype(np.float16).astype(np.float64)
+    out = np.zeros((batch, heads, width))
+    for b, position in enumerate(last):
+        for head in range(heads):
+            own = head // group
+            k = np.vstack([keys[b, own, :position], new[b, heads + own]]).astype(np.float64)
+            v = np.vstack([values[b, own, :position], new[b, heads + kv_heads + own]]).astype(np.float64)
+            scores = k @ new[b, head] * width**-0.5
+            weights = np.exp(scores - scores.max())
+            out[b, head] = weights @ v / weights.sum()
+    return out
+
+
+@needs_compiler
+@pytest.mark.parametrize(("batch", "splits"), [(1, 32), (3, 2), (6, 22), (7, 18)])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 2, 64), (4, 1, 128)])
+def test_attention_of_single_tokens(batch: int, splits: int, heads: int, kv_heads: int, width: int) -> None:
+    """Rows of unequal length, from the first position on, over one part and several; the new keys and values come into
+    the cache. Angles are zero: rotation is as in the whole step's tests."""
+    draw, length = np.random.default_rng(5), 700
+    last = np.array([699, 0, 255, 256, 1, 610, 301][:batch], np.int32)
+    rows = heads + 2 * kv_heads
+    qkv = draw.normal(0, 1, (batch, rows * width)).astype(np.float32)
+    keys, values = (draw.normal(0, 1, (batch, kv_heads, length, width)).astype(np.float16) for _ in range(2))
+    exact = attended(qkv, keys, values, last, heads // kv_heads)
+    cos, sin = np.ones((length, width // 2), np.float16), np.zeros((length, width // 2), np.float16)
+    parts = np.full((batch * kv_heads * splits * (heads // kv_heads), width + 4), np.nan, np.float32)
+    done, out = np.zeros((batch, kv_heads), np.int32), np.full((batch, heads * width), np.nan, np.float16)
+    macros = {
+        "BATCH": batch,
+        "DIM": 256,
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HEAD_DIM": width,
+        "HIDDEN": 512,
+        "SCALE": f"{width**-0.5}f",
+        "SPLITS": splits,
+        "BITS": 16,
+    }
+    arrays = (keys, values, cos, sin, parts, done, out)
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (qkv, last, *arrays)]
+    attention_library(macros).on_host_attend(*pointers[:2], ctypes.c_int(length), *pointers[2:])
+    assert np.abs(out.reshape(exact.shape) - exact).max() < 2e-3
+    assert not done.any()
+    new = qkv.reshape(batch, rows, width).astype(np.float16)
+    for b, position in enumerate(last):
+        assert np.array_equal(keys[b, :, position], new[b, heads : heads + kv_heads])
+        assert np.array_equal(values[b, :, position], new[b, heads + kv_heads :])
