@@ -149,6 +149,7 @@ def measure(setting: Setting, runs: dict[str, Run]) -> dict[str, Any]:
     reference = next(iter(found.values()))[0][2]
     return {
         name: {
+            "commit": commit(),
             "first_token_ms": statistics.median(f for f, _, _ in results),
             "tokens_per_second": statistics.median(s for _, s, _ in results),
             "all_tokens_per_second": [s for _, s, _ in results],
@@ -199,7 +200,6 @@ def bench_model(
             cache = cache_bytes(paths["fp16"], setting.prompt + setting.new // 2) * setting.batch
             yield {
                 "model": name,
-                "commit": commit(),
                 **vars(setting),
                 "weight_bytes": reads,
                 "cache_bytes": cache,
@@ -210,8 +210,14 @@ def bench_model(
             torch.cuda.empty_cache()
 
 
-def _setting(result: dict[str, Any]) -> tuple[str, int, int]:
-    return result["model"], result["batch"], result["prompt"]
+def merge(results: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """Add a setting's result; engines of an earlier one of the same setting stay where they were not measured again."""
+    setting = ("model", "batch", "prompt")
+    earlier = next((r for r in results if all(r[key] == result[key] for key in setting)), None)
+    if earlier is None:
+        results.append(result)
+    else:
+        earlier |= {**result, "engines": earlier["engines"] | result["engines"]}
 
 
 def versions() -> dict[str, str]:
@@ -248,7 +254,9 @@ def table(results: list[dict[str, Any]]) -> str:
 @click.option("--settings", "wanted", help="Batches and prompts, such as 1x128,64x2048; all of them if left out.")
 @click.option("--bundles", "kept", type=click.Path(path_type=Path), help="Take bundles from here, or make them here.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("benchmarks/results/cuda_decode.json"))
-@click.option("--keep", is_flag=True, help="Keep the results in --out that this run does not measure again.")
+@click.option(
+    "--keep", is_flag=True, help="Keep what is in --out of settings and engines that this run does not measure."
+)
 def main(models: str, recipes: str, wanted: str | None, kept: Path | None, out: Path, keep: bool) -> None:
     """Measure, print a table, write the results."""
     if not torch.cuda.is_available():
@@ -265,7 +273,7 @@ def main(models: str, recipes: str, wanted: str | None, kept: Path | None, out: 
     }
     for model in models.split(","):
         for result in bench_model(model, tuple(recipes.split(",")), settings, kept):
-            document["results"] = [*(r for r in document["results"] if _setting(r) != _setting(result)), result]
+            merge(document["results"], result)
             out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")  # what there is so far
             click.echo(table([result]))
 
