@@ -8,7 +8,8 @@ of them stand beside one copy of the model in the device's memory. Every operato
 computed, so that a step can be captured as a CUDA graph. Random operators would repeat themselves in one: uniform
 numbers are an input, one for each position.
 
-What they choose is what `cosmos_runtime.sampling` chooses from the same logits and the same uniform numbers.
+What they choose is what `cosmos_runtime.sampling` chooses from the same logits and the same uniform numbers. On a GPU
+the runtime has kernels of its own in their place (`sampling_kernels`), unless it is told to use none.
 """
 
 from __future__ import annotations

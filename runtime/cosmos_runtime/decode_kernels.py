@@ -97,9 +97,8 @@ class DecodeKernels:
         return CudaModule(self.stream, code), plan
 
     def _compiled(self, batch: int, plan: WholeStep | None) -> bytes:
-        macros = definitions(self.spec, batch, self._device.multiprocessors) | (
-            plan.definitions(len(self.spec.layers)) if plan else {}
-        )
+        macros = definitions(self.spec, batch, self._device.multiprocessors)
+        macros |= plan.definitions(len(self.spec.layers)) if plan else {}
         return compiled(kernel_source(plan is not None), macros, self._device.architecture)
 
     def address(self, tensor: StoredTensor) -> int:

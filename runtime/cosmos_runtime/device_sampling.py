@@ -3,8 +3,8 @@
     B  batch    L  cache length    V  vocabulary    C  candidates
 
 A sampler chooses what `sampling.sample` chooses from the same logits and uniform numbers; only where equal logits lie
-on both sides of the top k's border, CUDA's operator may keep another of them. What no sampler can do is left to the
-host: a top-k of more than C tokens, a nucleus of the whole vocabulary, stop ids that may not come early.
+on both sides of the top k's border, ONNX Runtime's operator on CUDA may keep another of them. What no sampler can do is
+left to the host: a top-k of more than C tokens, a nucleus of the whole vocabulary, stop ids that may not come early.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,6 +35,12 @@ def sampler_for(rows: Sequence[Continuation], specs: Mapping[str, GraphSpec], vo
         if name in specs and all(_serves(choice, row.sampling, specs[name], vocab_size) for row in rows):
             return name
     return None
+
+
+def most_candidates(specs: Mapping[str, GraphSpec]) -> int:
+    """C: the largest top-k that one of the samplers `specs` chooses from; 0 where none does."""
+    tensors = (tensor for spec in specs.values() for tensor in spec.inputs)
+    return max((int(tensor.shape[1]) for tensor in tensors if tensor.role == Role.RANK_BIAS), default=0)
 
 
 def parameters(rows: Sequence[Continuation], spec: GraphSpec, length: int) -> dict[Role, npt.NDArray[Any]]:

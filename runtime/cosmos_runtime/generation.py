@@ -127,12 +127,23 @@ def loops_for(
     loops = session.device_loops if wanted or (wanted is None and session.provider != HOST) else None
     serves = loops is not None and not speculate and loops.sampler(rows) is not None
     if wanted and not serves:
-        raise InputError(
-            "device_loop: expected a bundle of a recipe with a device loop, no speculation, and sampling that one of "
-            "its graphs can do (greedy, a small top_k, or neither top_k nor top_p, and no min_new_tokens with stop "
-            "ids); use device_loop=False"
-        )
+        wants = _what_a_loop_wants(session, loops, speculate=speculate)
+        raise InputError(f"device_loop: expected {wants}; use device_loop=False")
     return loops if serves else None
+
+
+def _what_a_loop_wants(session: Session, loops: DeviceLoops | None, *, speculate: bool) -> str:
+    """The first thing that keeps a device loop from continuing some rows."""
+    if has_heads(session.manifest):
+        return "a plain decoder: every token of a model with capability heads is a call of its own, chosen on the host"
+    if loops is None:
+        return f"a bundle of a recipe with a device loop, such as cuda-fp16, got {session.manifest.recipe['name']!r}"
+    if speculate:
+        return "no speculation, whose drafts the host makes"
+    return (
+        f"sampling that the bundle can do on the device (greedy, a top_k of at most {loops.candidates}, or neither "
+        "top_k nor top_p), and no min_new_tokens with stop ids"
+    )
 
 
 def new_continuation(

@@ -202,6 +202,12 @@ def test_what_a_session_refuses(session: Session) -> None:
         decoder.rewind(1)
 
 
+def test_heads_are_decoded_by_the_host_and_that_is_said(session: Session) -> None:
+    with pytest.raises(InputError, match="device_loop: expected a plain decoder.*capability heads.*chosen on the host"):
+        generate(session, [1, 2], max_new_tokens=2, device_loop=True)
+    assert len(list(generate(session, [1, 2], max_new_tokens=2))) == 2
+
+
 def test_a_memory_does_not_lose_entries_in_silence(session: Session) -> None:
     memory = session.new_memory(1, calls=5)
     for _ in range(5):
