@@ -1,6 +1,8 @@
 """`make verify-cuda`: on an NVIDIA GPU, every test that needs one, and the proof of the presets and the demo with the
 recipes for GPUs. What was run and found goes to benchmarks/results/cuda_tests.json, bundles to build/cuda.
 
+It wants the GPU for itself: some tests take all of its memory.
+
     python -m tests.verify_cuda [--only one-billion] [--out RESULTS.json]
 """
 
