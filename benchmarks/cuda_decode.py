@@ -146,10 +146,10 @@ def measure(setting: Setting, runs: dict[str, Run]) -> dict[str, Any]:
     for _ in range(ROUNDS):
         for name, run in runs.items():
             found[name].append(run())
-    reference = next(iter(found.values()))[0][2]
+    reference, measured = next(iter(found.values()))[0][2], commit()
     return {
         name: {
-            "commit": commit(),
+            "commit": measured,
             "first_token_ms": statistics.median(f for f, _, _ in results),
             "tokens_per_second": statistics.median(s for _, s, _ in results),
             "all_tokens_per_second": [s for _, s, _ in results],

@@ -36,7 +36,8 @@ from cosmos_export.parity.verify import Effort, verify_bundle
 from cosmos_export.pipeline import export_bundle
 from cosmos_export.recipe import ExportRecipe
 from cosmos_export.resources import demo_checkpoint
-from cosmos_runtime import load
+from cosmos_runtime import CAPABILITIES, load
+from tests.end_to_end.test_cuda import RECIPES
 
 TESTS = (
     "tests/end_to_end/test_cuda.py",
@@ -48,8 +49,6 @@ TESTS = (
 )
 PLACE = Path("build/cuda")
 RESULTS = Path("benchmarks/results/cuda_tests.json")
-RECIPES = ("cuda-fp16", "cuda-bf16", "cuda-int8", "cuda-int4")
-CAPABILITIES = ("reasoning", "memory", "safety", "evaluation")
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,7 @@ def _run(
     results: dict[Arithmetic, list[CaseResult]] = {arithmetic: [] for arithmetic in sessions}
     done = 0
     for _, same in itertools.groupby(trials, key=lambda trial: id(trial.case.input_ids)):
+        progress.update(done, len(trials))
         group = list(same)
         ids = group[0].case.input_ids
         exact = reference.exact(ids)
@@ -214,5 +215,5 @@ def _run(
                 compared = case_result(trial.case.name, ids.shape, arithmetic, logits, exact[:, part], eager[:, part])
                 results[arithmetic].append(compared)
         done += len(group)
-        progress.update(done, len(trials))
+    progress.update(done, len(trials))
     return [result for per_session in results.values() for result in per_session]

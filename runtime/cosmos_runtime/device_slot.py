@@ -7,7 +7,7 @@ Nothing here waits for the device, except where graphs are captured.
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,7 @@ from cosmos_runtime.cache import KeyValueCache
 from cosmos_runtime.decoder_graph import DecoderGraph
 from cosmos_runtime.device_samplers import Samplers, Work
 from cosmos_runtime.device_stream import DeviceArray, Pending
-from cosmos_runtime.manifest import GraphSpec, Role, TensorSpec
-
-if TYPE_CHECKING:
-    import onnxruntime
+from cosmos_runtime.manifest import Role, TensorSpec
 
 # A prefill takes at most so many tokens at once, padding included: activations are (tokens, width).
 PREFILL_TOKENS = 8192
@@ -69,11 +66,9 @@ class DeviceSlot:
         if name in self._samplers:
             return
         kernel = samplers.kernel(name, self._array)
-        self._samplers[name] = kernel or self._captured_sampler(samplers.graph(name), samplers.specs[name], name)
-        decoder = self._decoder.binding.launches() if kernel else None
-        self._steps[name] = (
-            [decoder.followed_by(kernel)] if kernel and decoder else [self._decoder, self._samplers[name]]
-        )
+        sampler = self._samplers[name] = kernel or self._captured_sampler(name, samplers)
+        decoder = self._decoder.binding.launches()
+        self._steps[name] = [decoder.followed_by(kernel)] if kernel and decoder else [self._decoder, sampler]
 
     def begin(self, name: str, prompts: Sequence[TokenIds], values: Mapping[Role, npt.NDArray[Any]]) -> None:
         """Forget the last request: set what the sampler keeps, fill the cache with prompts, choose the first tokens."""
@@ -121,8 +116,8 @@ class DeviceSlot:
         binding.bind_input(spec.input(Role.TOTAL_LENGTH).name, np.array(self.length, np.int32))
         binding.bind_output_memory(self._graph.logits, self._logits.memory())
 
-    def _captured_sampler(self, graph: "onnxruntime.InferenceSession", spec: GraphSpec, name: str) -> "_Captured":
-        sampler = _Captured(GraphBinding(graph, name))
+    def _captured_sampler(self, name: str, samplers: Samplers) -> "_Captured":
+        spec, sampler = samplers.specs[name], _Captured(GraphBinding(samplers.graph(name), name))
         for tensor in spec.inputs:
             sampler.binding.bind_input_memory(tensor.name, self._array(tensor).memory())
         for tensor in spec.outputs:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from cosmos_runtime.cuda_graph import CudaModule, Launch, LaunchSequence, device
 from cosmos_runtime.decode_kernels import SWITCH
+from cosmos_runtime.device_sampling import most_candidates
 from cosmos_runtime.device_stream import CudaStream, DeviceArray, Stream
 from cosmos_runtime.kernel_compiler import compiled, joined_source
 from cosmos_runtime.manifest import SAMPLER, GraphSpec, Role
@@ -62,7 +63,7 @@ class SamplingKernels:
         """
         function = _FUNCTIONS.get(name.removesuffix(".penalty"))
         usual = min(_MOST_CANDIDATES, self._vocab_size)  # so that all kinds are one program
-        candidates = next((int(t.shape[1]) for t in spec.inputs if t.role == Role.RANK_BIAS), usual)
+        candidates = most_candidates({name: spec}) or usual
         if function is None or candidates > _MOST_CANDIDATES:
             return None
         batch, length = arrays[Role.HISTORY].shape

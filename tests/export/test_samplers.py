@@ -17,6 +17,7 @@ from cosmos_export.onnx.signature import LOGITS
 from cosmos_runtime import Role, Sampling, sample
 from cosmos_runtime.continuation import Continuation, Limits
 from cosmos_runtime.device_sampling import parameters, sampler_for
+from cosmos_runtime.device_slot import _NEXT
 from cosmos_runtime.device_stream import CudaStream, DeviceArray
 from cosmos_runtime.sampling_kernels import SamplingKernels
 
@@ -80,16 +81,13 @@ class Engine:
             launches = kernels.sampler(kind.name, spec, arrays)
             assert launches is not None
             launches.enqueue()
-            return {t.name: self._downloaded(arrays[AFTERWARDS.get(t.role, t.role)]) for t in spec.outputs}
+            # A kernel writes where it reads.
+            return {t.name: self._downloaded(arrays[_NEXT.get(Role(t.role), Role(t.role))]) for t in spec.outputs}
 
         return run
 
     def _downloaded(self, array: DeviceArray) -> np.ndarray:
         return self._stream.download(array, self._stream.host_array(array.shape, array.dtype)).wait().copy()
-
-
-# A kernel writes where it reads: what a graph has as outputs is in these inputs.
-AFTERWARDS = {role: Role(str(role).removeprefix("next_")) for role in Role if str(role).startswith("next_")}
 
 
 @pytest.fixture(
@@ -164,7 +162,7 @@ def test_rows_may_sample_differently(engine: Engine) -> None:
         assert [by_hand.choose(step[row]) for step in logits] == chosen[:, row].tolist()
 
 
-# Logits that a search for the largest ones may stumble over; the last two are shown to the host as what they are.
+# Logits that a search for the largest ones may stumble over.
 ODD = {
     "all equal": lambda draw, size: np.zeros(size, np.float32),
     "zeros of both signs": lambda draw, size: np.where(draw.random(size) < 0.5, 0.0, -0.0).astype(np.float32),

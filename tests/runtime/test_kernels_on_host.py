@@ -5,8 +5,9 @@ import ctypes
 import numpy as np
 import pytest
 
-from cosmos_runtime import Role, Sampling
+from cosmos_runtime import GraphSpec, Role, Sampling, TensorSpec
 from cosmos_runtime.continuation import Continuation, Limits
+from cosmos_runtime.device_sampling import parameters
 from cosmos_runtime.sampling import sample
 from cosmos_runtime.sampling_kernels import _ROLES, _Buffers, definitions
 
@@ -20,27 +21,18 @@ WAYS = {
 }
 
 
-def buffers_of(row: Continuation, way: Sampling, logits: np.ndarray) -> dict[Role, np.ndarray]:
-    """What `device_sampling.parameters` makes of one row, without a graph's signature."""
-    uniforms = np.zeros((1, LENGTH))
-    uniforms[0, PROMPT:] = row.uniforms()
-    seen = np.ones((1, VOCAB), np.float32)
-    seen[0, row.prompt_ids] = way.repetition_penalty
-    return {
-        Role.LOGITS: logits[None],
-        Role.TOKENS: np.zeros((1, 1), np.int64),
-        Role.LAST_INDEX: np.array([PROMPT - 1], np.int32),
-        Role.HISTORY: np.zeros((1, LENGTH), np.int64),
-        Role.LIMIT: np.array([LENGTH - 1], np.int32),
-        Role.GOES_ON: np.ones(VOCAB, np.bool_),
-        Role.CHOSEN_LOGIT: np.zeros((1, 1), np.float32),
-        Role.PENALTY: np.full((1, 1), way.repetition_penalty, np.float32),
-        Role.SEEN: seen,
-        Role.SHARPNESS: np.array([[1 / (way.temperature or 1)]]),
-        Role.UNIFORMS: uniforms,
-        Role.RANK_BIAS: np.where(np.arange(64) < way.top_k, 0.0, -np.inf)[None],
-        Role.TOP_P: np.array([[way.top_p]]),
-    }
+# What `parameters` asks a sampler's signature for.
+SPEC = GraphSpec(
+    file="sampler.onnx",
+    opset=18,
+    inputs=(
+        TensorSpec("goes_on", Role.GOES_ON, "bool", (VOCAB,)),
+        TensorSpec("penalty", Role.PENALTY, "float32", ("B", 1)),
+        TensorSpec("sharpness", Role.SHARPNESS, "float64", ("B", 1)),
+        TensorSpec("rank_bias", Role.RANK_BIAS, "float64", ("B", 64)),
+    ),
+    outputs=(),
+)
 
 
 # A usual row, and rows that a search for the largest logits may stumble over: equal ones, and a thousand and more that
@@ -62,7 +54,8 @@ def test_a_kernel_chooses_as_the_function_does(kernel: str, kind: str) -> None:
     )
     row = Continuation(draw.integers(0, VOCAB, PROMPT), limits, way)
     logits, by_hand = LOGITS[kind](draw).astype(np.float32), way.generator()
-    arrays = buffers_of(row, way, logits)
+    arrays = {role: np.ascontiguousarray(value) for role, value in parameters([row], SPEC, LENGTH).items()}
+    arrays |= {Role.LOGITS: logits, Role.CHOSEN_LOGIT: np.zeros((1, 1), np.float32)}
     between, done = np.zeros((1, 1024), np.int64), np.zeros(1, np.int32)
     places = [arrays[role].ctypes.data for role in _ROLES]
     at = _Buffers(*places, between.ctypes.data, done.ctypes.data, LENGTH)
