@@ -44,7 +44,11 @@ from cosmos_runtime.kernel_spec import MOST_ROWS
 ROUNDS, COPY_BYTES = 3, 4 << 30
 # This runtime's loop over ONNX Runtime's kernels, beside the one over its own.
 OTHER_KERNELS = "fp16 device loop, ONNX Runtime's kernels"
-SAMPLED = Sampling(temperature=0.8, top_k=50, top_p=0.9, seed=1)
+# How tokens are chosen beside greedily: from the likeliest few, and from the whole vocabulary.
+SAMPLED = {
+    "sampled": Sampling(temperature=0.8, top_k=50, top_p=0.9, seed=1),
+    "top-p alone": Sampling(temperature=0.8, top_p=0.9, seed=1),
+}
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,9 @@ def runs_of(
             yield label, runtime_run(session, prompts, setting.new, device_loop=True)
     if setting.batch == 1 and setting.prompt == 128:
         for name in (name for name in sessions if name in PRECISIONS):
-            sampled = runtime_run(sessions[name], prompts, setting.new, device_loop=True, sampling=SAMPLED)
-            yield f"{name} device loop, sampled", sampled
+            for way, sampling in SAMPLED.items():
+                sampled = runtime_run(sessions[name], prompts, setting.new, device_loop=True, sampling=sampling)
+                yield f"{name} device loop, {way}", sampled
         yield "fp16 host loop", runtime_run(sessions["fp16"], prompts, setting.new, device_loop=False)
     if setting.reference:
         length = setting.prompt + setting.new

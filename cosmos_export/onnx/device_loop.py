@@ -35,7 +35,8 @@ CANDIDATES = 64
 
 @dataclass(frozen=True)
 class SamplerKind:
-    """A way to choose: the likeliest token, one of the top k (and of their nucleus), or any with its probability."""
+    """A way to choose: the likeliest token, one of the top k (and of their nucleus), any with its probability; or one
+    of the nucleus of any top k, which can do all of it and takes longest."""
 
     choice: str
     penalises: bool
@@ -46,7 +47,7 @@ class SamplerKind:
         return f"{SAMPLER}.{self.choice}{'.penalty' if self.penalises else ''}"
 
 
-KINDS = tuple(SamplerKind(c, penalises) for c in ("greedy", "top_k", "any") for penalises in (False, True))
+KINDS = tuple(SamplerKind(c, penalises) for c in ("greedy", "top_k", "any", "nucleus") for penalises in (False, True))
 
 
 def write_samplers(folder: Path, config: CosmosAdvancedConfig) -> dict[str, GraphSpec]:
@@ -67,6 +68,7 @@ def sampler_spec(kind: SamplerKind, vocab_size: int) -> GraphSpec:
         _tensor(Role.HISTORY, "int64", BATCH, CACHE_LENGTH),
         _tensor(Role.LIMIT, "int32", BATCH),
         _tensor(Role.GOES_ON, "bool", vocab_size),
+        _tensor(Role.EARLIEST, "int32", BATCH),
     ]
     outputs = [
         _tensor(Role.NEXT_TOKENS, "int64", BATCH, 1),
@@ -84,6 +86,8 @@ def sampler_spec(kind: SamplerKind, vocab_size: int) -> GraphSpec:
         ]
     if kind.choice == "top_k":
         inputs += [_tensor(Role.RANK_BIAS, "float64", BATCH, candidates), _tensor(Role.TOP_P, "float64", BATCH, 1)]
+    if kind.choice == "nucleus":
+        inputs += [_tensor(Role.TOP_K, "int64", BATCH, 1), _tensor(Role.TOP_P, "float64", BATCH, 1)]
     return GraphSpec(file=f"{kind.name}.onnx", opset=OPSET, inputs=tuple(inputs), outputs=tuple(outputs))
 
 
@@ -131,9 +135,14 @@ class _Sampler:
         op, given = self.op, self.inputs
         last = op.Min(op.Add(given[Role.LAST_INDEX], self._constant([1], "int32")), given[Role.LIMIT])  # (B,)
         place = op.Unsqueeze(last, self._constant([1]))  # (B, 1): where the new token goes
-        scores = self._penalised() if kind.penalises else given[Role.LOGITS]
-        choose = {"greedy": self._likeliest, "top_k": self._one_of_the_top, "any": self._any}[kind.choice]
-        chosen = choose(scores, place)  # (B, 1)
+        scores = self._held(self._penalised() if kind.penalises else given[Role.LOGITS], place)
+        ways = {
+            "greedy": self._likeliest,
+            "top_k": self._one_of_the_top,
+            "any": self._any,
+            "nucleus": self._one_of_a_nucleus,
+        }
+        chosen = ways[kind.choice](scores, place)  # (B, 1)
         goes_on = op.Gather(given[Role.GOES_ON], given[Role.TOKENS])
         tokens = op.Where(goes_on, chosen, given[Role.TOKENS])
         self._output(Role.NEXT_TOKENS, tokens)
@@ -150,6 +159,13 @@ class _Sampler:
         op, logits, seen = self.op, self.inputs[Role.LOGITS], self.inputs[Role.SEEN]
         positive = op.Greater(logits, self._constant(0.0, "float32"))
         return op.Where(positive, op.Div(logits, seen), op.Mul(logits, seen))
+
+    def _held(self, scores: ir.Value, place: ir.Value) -> ir.Value:
+        """Nothing of a token that would end its row before it may end."""
+        op = self.op
+        early = op.Less(place, op.Unsqueeze(self.inputs[Role.EARLIEST], self._constant([1])))  # (B, 1)
+        ends = op.Not(self.inputs[Role.GOES_ON])  # (V,)
+        return op.Where(op.And(early, ends), self._constant(-np.inf, "float32"), scores)
 
     def _likeliest(self, scores: ir.Value, place: ir.Value) -> ir.Value:
         return self.op.ArgMax(scores, axis=1, keepdims=1)
@@ -168,16 +184,48 @@ class _Sampler:
         return op.GatherElements(by_id, index, axis=1)
 
     def _any(self, scores: ir.Value, place: ir.Value) -> ir.Value:
-        """Any token: first a group of neighbouring ones by its share, then one of the group."""
-        op = self.op
+        return self._one_by_weight(self._weights(scores), place)
+
+    def _one_of_a_nucleus(self, scores: ir.Value, place: ir.Value) -> ir.Value:
+        """One of the k likeliest, and of the likeliest among them before which less than top_p of their weight is."""
+        op, given = self.op, self.inputs
+        every, nothing = self._constant([self.vocab_size]), self._constant(0.0, "float64")
+        _, ids = self._outputs("TopK", [scores, every], axis=1)  # the likeliest first, the lowest id among equals
+        ranked = op.GatherElements(self._weights(scores), ids, axis=1)
+        ranks = self._constant([list(range(self.vocab_size))])
+        kept = op.Where(op.Less(ranks, given[Role.TOP_K]), ranked, nothing)
+        table = self._in_groups(kept)
         groups, size = _groups(self.vocab_size)
+        within = op.CumSum(table, self._constant(2), exclusive=1)
+        of_groups = op.ReduceSum(table, self._constant([2]), keepdims=1)  # (B, G, 1)
+        before = op.Add(within, op.CumSum(of_groups, self._constant(1), exclusive=1))
+        wanted = op.Mul(op.ReduceSum(kept, self._constant([1]), keepdims=1), given[Role.TOP_P])  # (B, 1)
+        nucleus = op.Less(op.Reshape(before, self._constant([-1, groups * size])), wanted)
+        nucleus = op.Slice(nucleus, self._constant([0]), every, self._constant([1]))
+        kept = op.Where(nucleus, kept, nothing)
+        return self._one_by_weight(op.ScatterElements(kept, ids, kept, axis=1), place)
+
+    def _weights(self, scores: ir.Value) -> ir.Value:
+        """(B, V): 1 for the likeliest token, for others their probability over its."""
+        op = self.op
         exact = op.Cast(scores, to=ir.DataType.DOUBLE)
         shifted = op.Sub(exact, op.ReduceMax(exact, self._constant([1]), keepdims=1))
-        weights = op.Exp(op.Mul(shifted, self.inputs[Role.SHARPNESS]))  # (B, V)
+        return op.Exp(op.Mul(shifted, self.inputs[Role.SHARPNESS]))
+
+    def _in_groups(self, weights: ir.Value) -> ir.Value:
+        """(B, G, size), with zeros behind the vocabulary."""
+        groups, size = _groups(self.vocab_size)
         if groups * size > self.vocab_size:
             padding = self._constant([0, 0, 0, groups * size - self.vocab_size])
-            weights = op.Pad(weights, padding, self._constant(0.0, "float64"))
-        table = op.Reshape(weights, self._constant([-1, groups, size]))
+            weights = self.op.Pad(weights, padding, self._constant(0.0, "float64"))
+        return self.op.Reshape(weights, self._constant([-1, groups, size]))
+
+    def _one_by_weight(self, weights: ir.Value, place: ir.Value) -> ir.Value:
+        """A token by its weight (B, V): first a group of neighbouring ones by its share, then one of the group."""
+        op = self.op
+        groups, size = _groups(self.vocab_size)
+        table = self._in_groups(weights)
+        weights = op.Reshape(table, self._constant([-1, groups * size]))
         reached = op.CumSum(op.ReduceSum(table, self._constant([2]), keepdims=0), self._constant(1))  # (B, G)
         target = op.Mul(self._uniform(place), self._last(reached, groups))  # (B, 1)
         group = self._count_up_to(reached, target, groups)
@@ -185,7 +233,8 @@ class _Sampler:
         members = op.Add(op.Mul(group, self._constant([[size]])), self._constant([list(range(size))]))  # (B, size)
         within = op.CumSum(op.GatherElements(weights, members, axis=1), self._constant(1))
         member = self._count_up_to(op.Add(within, op.GatherElements(before, group, axis=1)), target, size)
-        return op.GatherElements(members, member, axis=1)
+        chosen = op.GatherElements(members, member, axis=1)
+        return op.Min(chosen, self._constant([[self.vocab_size - 1]]))  # where no weight is a number
 
     def _top(self, scores: ir.Value) -> tuple[ir.Value, ir.Value]:
         values, ids = self._outputs("TopK", [scores, self._constant([self._candidates])], axis=1)

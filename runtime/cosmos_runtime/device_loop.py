@@ -20,7 +20,7 @@ from cosmos_runtime.bundle import Bundle
 from cosmos_runtime.continuation import Continuation
 from cosmos_runtime.decoder_graph import DecoderGraph
 from cosmos_runtime.device_samplers import Samplers
-from cosmos_runtime.device_sampling import most_candidates, parameters, sampler_for
+from cosmos_runtime.device_sampling import parameters, sampler_for
 from cosmos_runtime.device_slot import DeviceSlot, Reading
 from cosmos_runtime.errors import CosmosRuntimeError
 from cosmos_runtime.manifest import GraphSpec
@@ -48,11 +48,6 @@ class DeviceLoops:
     def sampler(self, rows: Sequence[Continuation]) -> str | None:
         """The sampler that can choose for these rows together; None where there is none, and the host has to choose."""
         return sampler_for(rows, self._samplers.specs, self._graph.vocab_size)
-
-    @property
-    def candidates(self) -> int:
-        """The largest top-k that a sampler of the bundle can choose from."""
-        return most_candidates(self._samplers.specs)
 
     def start(self, rows: Sequence[Continuation]) -> "DeviceLoop":
         """A loop that continues these rows. Raises: CosmosRuntimeError without room for its buffers."""

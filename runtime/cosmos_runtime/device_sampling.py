@@ -3,8 +3,8 @@
     B  batch    L  cache length    V  vocabulary    C  candidates
 
 A sampler chooses what `sampling.sample` chooses from the same logits and uniform numbers; only where equal logits lie
-on both sides of the top k's border, ONNX Runtime's operator on CUDA may keep another of them. What no sampler can do is
-left to the host: a top-k of more than C tokens, a nucleus of the whole vocabulary, stop ids that may not come early.
+on both sides of the top k's border, ONNX Runtime's operator on CUDA may keep another of them. A bundle of an earlier
+version has fewer samplers: what none of them can do is left to the host.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,28 +19,25 @@ from cosmos_runtime.sampling import Sampling
 
 # For a row that draws from its top k without a nucleus: no running sum of probabilities reaches it.
 _NO_NUCLEUS = 2.0
+# A top-k that no vocabulary reaches.
+_EVERY = 2**31
 # Below this a temperature is as good as none, and its inverse would not be finite.
 _COLDEST = 1e-30
 
 
 def sampler_for(rows: Sequence[Continuation], specs: Mapping[str, GraphSpec], vocab_size: int) -> str | None:
     """The name of the sampler among `specs` that can choose for all rows; None where there is none."""
-    if any(row.limits.min_new_tokens and row.limits.stop_ids for row in rows):
-        return None
     if len(frozenset().union(*(row.limits.stop_ids for row in rows))) >= vocab_size:
         return None
     penalises = any(row.sampling.repetition_penalty != 1 for row in rows)
-    for choice in ("greedy", "top_k", "any"):
+    holds = any(_held_until(row) for row in rows)
+    for choice in ("greedy", "top_k", "any", "nucleus"):
         name = f"{SAMPLER}.{choice}{'.penalty' if penalises else ''}"
-        if name in specs and all(_serves(choice, row.sampling, specs[name], vocab_size) for row in rows):
+        if name not in specs or (holds and not _has(specs[name], Role.EARLIEST)):
+            continue
+        if all(_serves(choice, row.sampling, specs[name], vocab_size) for row in rows):
             return name
     return None
-
-
-def most_candidates(specs: Mapping[str, GraphSpec]) -> int:
-    """C: the largest top-k that one of the samplers `specs` chooses from; 0 where none does."""
-    tensors = (tensor for spec in specs.values() for tensor in spec.inputs)
-    return max((int(tensor.shape[1]) for tensor in tensors if tensor.role == Role.RANK_BIAS), default=0)
 
 
 def parameters(rows: Sequence[Continuation], spec: GraphSpec, length: int) -> dict[Role, npt.NDArray[Any]]:
@@ -56,13 +53,21 @@ def parameters(rows: Sequence[Continuation], spec: GraphSpec, length: int) -> di
         Role.GOES_ON: goes_on,
         Role.HISTORY: np.zeros((len(rows), length), np.int64),
     }
-    wanted = {tensor.role for tensor in spec.inputs}
-    if Role.PENALTY in wanted:
+    if _has(spec, Role.EARLIEST):
+        values[Role.EARLIEST] = np.array([_held_until(row) for row in rows], np.int32)
+    if _has(spec, Role.PENALTY):
         values |= _penalties(rows, vocab_size)
-    if Role.SHARPNESS in wanted:
+    if _has(spec, Role.SHARPNESS):
         values |= _draws(rows, length)
-    if Role.RANK_BIAS in wanted:
-        values |= _cuts(rows, int(spec.input(Role.RANK_BIAS).shape[1]))
+    if _has(spec, Role.TOP_P):
+        nucleus = [_NO_NUCLEUS if row.sampling.top_p == 1 else row.sampling.top_p for row in rows]
+        values[Role.TOP_P] = np.array(nucleus)[:, None]
+    if _has(spec, Role.RANK_BIAS):
+        candidates = int(spec.input(Role.RANK_BIAS).shape[1])
+        kept = _kept_ranks(rows, candidates)
+        values[Role.RANK_BIAS] = np.where(np.arange(candidates) < kept, 0.0, -np.inf)
+    if _has(spec, Role.TOP_K):
+        values[Role.TOP_K] = _kept_ranks(rows, _EVERY)
     return values
 
 
@@ -72,8 +77,20 @@ def _serves(choice: str, sampling: Sampling, spec: GraphSpec, vocab_size: int) -
         return sampling.is_greedy
     if choice == "any":
         return not sampling.is_greedy and everything and sampling.top_p == 1
+    if choice == "nucleus":
+        return True
     candidates = int(spec.input(Role.RANK_BIAS).shape[1])
     return sampling.is_greedy or candidates >= (vocab_size if everything else sampling.top_k)
+
+
+def _held_until(row: Continuation) -> int:
+    """The first position at which a stop id may end a row; 0 where any may."""
+    limits = row.limits
+    return row.length + limits.min_new_tokens if limits.min_new_tokens and limits.stop_ids else 0
+
+
+def _has(spec: GraphSpec, role: Role) -> bool:
+    return any(tensor.role == role for tensor in spec.inputs)
 
 
 def _penalties(rows: Sequence[Continuation], vocab_size: int) -> dict[Role, npt.NDArray[Any]]:
@@ -93,9 +110,6 @@ def _draws(rows: Sequence[Continuation], length: int) -> dict[Role, npt.NDArray[
     return {Role.SHARPNESS: 1 / np.array(temperatures)[:, None], Role.UNIFORMS: uniforms}
 
 
-def _cuts(rows: Sequence[Continuation], candidates: int) -> dict[Role, npt.NDArray[Any]]:
-    """0 for the ranks that are kept and -inf for the others (B, C), and how far the nucleus reaches (B, 1)."""
-    kept = [1 if row.sampling.is_greedy else row.sampling.top_k or candidates for row in rows]
-    bias = np.where(np.arange(candidates) < np.array(kept)[:, None], 0.0, -np.inf)
-    nucleus = [_NO_NUCLEUS if row.sampling.top_p == 1 else row.sampling.top_p for row in rows]
-    return {Role.RANK_BIAS: bias, Role.TOP_P: np.array(nucleus)[:, None]}
+def _kept_ranks(rows: Sequence[Continuation], every: int) -> npt.NDArray[np.int64]:
+    """How many of the likeliest tokens each row draws from (B, 1), `every` where it has no top-k."""
+    return np.array([[1 if row.sampling.is_greedy else row.sampling.top_k or every] for row in rows])

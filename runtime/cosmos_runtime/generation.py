@@ -141,8 +141,8 @@ def _what_a_loop_wants(session: Session, loops: DeviceLoops | None, *, speculate
     if speculate:
         return "no speculation, whose drafts the host makes"
     return (
-        f"sampling that the bundle can do on the device (greedy, a top_k of at most {loops.candidates}, or neither "
-        "top_k nor top_p), and no min_new_tokens with stop ids"
+        "a bundle with samplers that can choose so; export it again with this version, whose samplers can do all but "
+        "stop ids that are the whole vocabulary"
     )
 
 

@@ -102,6 +102,8 @@ class Role(StrEnum):
     SHARPNESS = "sharpness"
     RANK_BIAS = "rank_bias"
     TOP_P = "top_p"
+    TOP_K = "top_k"
+    EARLIEST = "earliest"
     UNIFORMS = "uniforms"
 
 

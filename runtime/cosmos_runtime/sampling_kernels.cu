@@ -15,6 +15,7 @@ typedef unsigned long long u64;
 #define MEMBERS ((VOCAB + GROUPS - 1) / GROUPS)  // of a group
 #define SLACK 32   // more groups than there are candidates that may be looked through
 #define ROOM 1024  // for tokens among which the candidates are
+#define SCRATCH (GROUPS + 2 * SIZE)  // numbers that a row has room for, of which most kernels use GROUPS
 #define NOTHING __int_as_float(0xff800000)  // -inf
 
 struct Buffers {
@@ -31,7 +32,9 @@ struct Buffers {
   const double* uniforms;   // (B, L): a number in [0, 1) for each position
   const double* rank_bias;  // (B, C): 0 for the ranks that are kept, -inf for the others
   const double* top_p;      // (B, 1)
-  u64* between;             // (B, GROUPS): what blocks give to the last one
+  const i64* top_k;         // (B, 1)
+  const int* earliest;      // (B,): the first position at which a token may end its row; null where any may
+  u64* between;             // (B, SCRATCH): what blocks give to the last one
   u32* done;                // (B,): zeros, and zeros again afterwards
   i64 length;               // L
 };
@@ -48,9 +51,18 @@ __device__ __forceinline__ u64 key_of(float x, int token) { return (u64)ordered(
 __device__ __forceinline__ int token_of(u64 key) { return (int)~(u32)key; }
 __device__ __forceinline__ float logit_of(u64 key) { return plain((u32)(key >> 32)); }
 
-// A token's logit, or what its penalty leaves of it.
-__device__ __forceinline__ float score(const Buffers& at, int row, int token) {
+__device__ __forceinline__ int next_place(const Buffers& at, int row) {
+  const int next = __ldcg(at.last_index + row) + 1, limit = __ldcg(at.limit + row);
+  return next < limit ? next : limit;
+}
+// Whether a row is too short yet to be ended.
+__device__ __forceinline__ bool is_held(const Buffers& at, int row) {
+  return at.earliest && next_place(at, row) < __ldcg(at.earliest + row);
+}
+// A token's logit, or what its penalty leaves of it; nothing is left of one that would end a row that is held.
+__device__ __forceinline__ float score(const Buffers& at, int row, bool held, int token) {
   const i64 place = (i64)row * VOCAB + token;
+  if (held && !__ldcg(at.goes_on + token)) return NOTHING;
   const float logit = __ldcg(at.logits + place);
   if (!at.seen) return logit;
   const float penalty = __ldcg(at.seen + place);
@@ -77,25 +89,25 @@ __device__ __forceinline__ u64 largest_of_block(u64 key) {
   return largest_of_warp(of_warps[lane]);
 }
 // The sum up to and with each lane's.
-__device__ __forceinline__ double sum_in_warp(double x) {
+template <class T> __device__ __forceinline__ T sum_in_warp(T x) {
 #pragma unroll
   for (int o = 1; o < 32; o <<= 1) {
-    const double before = __shfl_up_sync(~0u, x, o);
+    const T before = __shfl_up_sync(~0u, x, o);
     if (threadIdx.x % 32 >= o) x += before;
   }
   return x;
 }
 // The sum up to and with each thread's; `all` gets that of the block.
-__device__ __forceinline__ double sum_in_block(double x, double& all) {
-  __shared__ double of_warps[32];
+template <class T> __device__ __forceinline__ T sum_in_block(T x, T& all) {
+  __shared__ T of_warps[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const double reached = sum_in_warp(x);
+  const T reached = sum_in_warp(x);
   __syncthreads();
   if (lane == 31) of_warps[warp] = reached;
   __syncthreads();
-  const double warps = sum_in_warp(of_warps[lane]), before = __shfl_up_sync(~0u, warps, 1);
+  const T warps = sum_in_warp(of_warps[lane]), before = __shfl_up_sync(~0u, warps, 1);
   all = __shfl_sync(~0u, warps, 31);
-  const double own = __shfl_sync(~0u, lane ? before : 0.0, warp);
+  const T own = __shfl_sync(~0u, lane ? before : T(0), warp);
   return own + reached;
 }
 // Whether this block is the last of its row; it may then read what the others have written.
@@ -113,11 +125,6 @@ __device__ __forceinline__ bool is_last(const Buffers& at, int row) {
 }
 
 // ---- the end of every choice ----
-
-__device__ __forceinline__ int next_place(const Buffers& at, int row) {
-  const int next = __ldcg(at.last_index + row) + 1, limit = __ldcg(at.limit + row);
-  return next < limit ? next : limit;
-}
 
 // By one thread. A row whose token does not go on repeats it, one at its limit stays there. Logits that are not finite
 // are shown to the host, whatever was chosen.
@@ -137,13 +144,14 @@ extern "C" __global__ void __launch_bounds__(SIZE, 1) choose_greedy(const Buffer
   const int row = blockIdx.x / PARTS, part = blockIdx.x % PARTS;
   let_next_start();
   wait_for_last();
+  const bool held = is_held(at, row);
   u64 own = 0;
   for (int token = part * SIZE + threadIdx.x; token < VOCAB; token += PARTS * SIZE) {
-    const u64 key = key_of(score(at, row, token), token);
+    const u64 key = key_of(score(at, row, held, token), token);
     own = key > own ? key : own;
   }
   own = largest_of_block(own);
-  u64* between = at.between + (i64)row * GROUPS;
+  u64* between = at.between + (i64)row * SCRATCH;
   if (threadIdx.x == 0) between[part] = own;
   if (!is_last(at, row) || threadIdx.x >= 32) return;
   own = largest_of_warp(__ldcg(between + threadIdx.x));
@@ -169,7 +177,8 @@ __device__ __forceinline__ u64 bound_of_groups(u64 group) {
 }
 
 // The tokens of some groups, those that reach the bound in `found`, as far as there is room; how many there are.
-__device__ __forceinline__ int collect(const Buffers& at, int row, const int* groups, int count, u64 bound, u64* found) {
+__device__ __forceinline__ int collect(const Buffers& at, int row, bool held, const int* groups, int count, u64 bound,
+                                       u64* found) {
   __shared__ int reached;
   __syncthreads();
   if (threadIdx.x == 0) reached = 0;
@@ -177,7 +186,7 @@ __device__ __forceinline__ int collect(const Buffers& at, int row, const int* gr
   for (int i = threadIdx.x; i < count * MEMBERS; i += SIZE) {
     const int token = groups[i % count] + i / count * GROUPS;
     if (token >= VOCAB) continue;
-    const u64 key = key_of(score(at, row, token), token);
+    const u64 key = key_of(score(at, row, held, token), token);
     if (key < bound) continue;
     const int place = atomicAdd(&reached, 1);
     if (place < ROOM) found[place] = key;
@@ -251,15 +260,16 @@ extern "C" __global__ void __launch_bounds__(SIZE, 1) choose_top_k(const Buffers
   const int row = blockIdx.x / PARTS, part = blockIdx.x % PARTS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   let_next_start();
   wait_for_last();
+  const bool held = is_held(at, row);
   u64 own = 0;
   for (int token = part * 32 + lane + warp * GROUPS; token < VOCAB; token += 32 * GROUPS) {
-    const u64 key = key_of(score(at, row, token), token);
+    const u64 key = key_of(score(at, row, held, token), token);
     own = key > own ? key : own;
   }
   keys[warp][lane] = own;
   __syncthreads();
   own = largest_of_warp(keys[lane][warp]);
-  u64* between = at.between + (i64)row * GROUPS;
+  u64* between = at.between + (i64)row * SCRATCH;
   if (lane == 0) between[part * 32 + warp] = own;
   if (threadIdx.x == 0) chosen_groups = 0;
   if (!is_last(at, row)) return;
@@ -267,12 +277,12 @@ extern "C" __global__ void __launch_bounds__(SIZE, 1) choose_top_k(const Buffers
   u64 bound = bound_of_groups(own);
   if (own >= bound) groups[atomicAdd(&chosen_groups, 1)] = threadIdx.x;
   __syncthreads();
-  int count = collect(at, row, groups, chosen_groups, bound, found);
+  int count = collect(at, row, held, groups, chosen_groups, bound, found);
   for (u64 beyond = ~0ull; count > ROOM;) {  // seldom: so many in these groups are near each other
     const u64 between_them = bound + (beyond - bound) / 2;
-    const int reached = collect(at, row, groups, chosen_groups, between_them, found);
+    const int reached = collect(at, row, held, groups, chosen_groups, between_them, found);
     if (reached >= CANDIDATES) { bound = between_them; count = reached; } else { beyond = between_them; }
-    if (count <= ROOM) collect(at, row, groups, chosen_groups, bound, found);
+    if (count <= ROOM) collect(at, row, held, groups, chosen_groups, bound, found);
   }
   sort(found, count, top);
   if (warp > 0) return;
@@ -295,6 +305,7 @@ extern "C" __global__ void __launch_bounds__(SIZE, 1) choose_any(const Buffers a
   const int row = blockIdx.x / PARTS, part = blockIdx.x % PARTS, lane = threadIdx.x % 32;
   let_next_start();
   wait_for_last();
+  const bool held = is_held(at, row);
   const double sharpness = __ldcg(at.sharpness + row);
   float scores[OWN];
   u64 own = 0;
@@ -302,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(SIZE, 1) choose_any(const Buffers a
   for (int i = 0; i < OWN; i++) {
     const int place = i * SIZE + threadIdx.x, token = part * CHUNK + place;
     const bool there = place < CHUNK && token < VOCAB;
-    scores[i] = there ? score(at, row, token) : NOTHING;
+    scores[i] = there ? score(at, row, held, token) : NOTHING;
     if (there) { const u64 key = key_of(scores[i], token); own = key > own ? key : own; }
   }
   own = largest_of_block(own);
@@ -310,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(SIZE, 1) choose_any(const Buffers a
 #pragma unroll
   for (int i = 0; i < OWN; i++) weight += exp(((double)scores[i] - (double)logit_of(own)) * sharpness);
   sum_in_block(own ? weight : 0.0, all);
-  u64* between = at.between + (i64)row * GROUPS;
+  u64* between = at.between + (i64)row * SCRATCH;
   if (threadIdx.x == 0) { between[part] = own; between[PARTS + part] = (u64)__double_as_longlong(all); }
   if (!is_last(at, row)) return;
   if (threadIdx.x < 32) {
@@ -332,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(SIZE, 1) choose_any(const Buffers a
   for (int i = 0; i < OWN; i++) {
     const int place = i * SIZE + threadIdx.x, token = drawn_part * CHUNK + place;
     const bool there = place < CHUNK && token < VOCAB;
-    const double own_weight = there ? exp(((double)score(at, row, token) - (double)largest) * sharpness) : 0.0;
+    const double own_weight = there ? exp(((double)score(at, row, held, token) - (double)largest) * sharpness) : 0.0;
     const double reached = lower + sum_in_block(own_weight, all);
     if (own_weight > 0.0) { atomicMax(&last_one, token); if (reached > target) atomicMin(&found, token); }
     lower += all;

@@ -1,8 +1,9 @@
-"""Samplers as kernels of our own, in the place of a bundle's sampler graphs: one launch chooses every row's next token.
+"""Samplers as kernels of our own, in the place of a bundle's sampler graphs: one launch chooses every row's next token,
+or three where a nucleus is cut out of the whole vocabulary.
 
     B  batch    L  cache length    V  vocabulary    C  candidates
 
-`sampling_kernels.cu` reads and writes the buffers that a sampler graph would, by their roles, and chooses the same.
+They read and write the buffers that a sampler graph would, by their roles, and choose the same.
 """
 
 import ctypes
@@ -11,17 +12,21 @@ from collections.abc import Mapping
 
 from cosmos_runtime.cuda_graph import CudaModule, Launch, LaunchSequence, device
 from cosmos_runtime.decode_kernels import SWITCH
-from cosmos_runtime.device_sampling import most_candidates
 from cosmos_runtime.device_stream import CudaStream, DeviceArray, Stream
 from cosmos_runtime.kernel_compiler import compiled, joined_source
 from cosmos_runtime.manifest import SAMPLER, GraphSpec, Role
 
-SOURCE = "sampling_kernels.cu"
-# As in it: blocks that share a row, their threads, groups of a row's tokens.
-_PARTS, _THREADS, _GROUPS = 32, 1024, 1024
+SOURCES = ("sampling_kernels.cu", "nucleus_kernels.cu")
+# As in them: blocks that share a row, their threads, numbers of 64 bits that a row has for what blocks tell each other.
+_PARTS, _THREADS, _SCRATCH = 32, 1024, 3072
 # A warp draws from the candidates, two of them a lane.
 _MOST_CANDIDATES = 64
-_FUNCTIONS = {f"{SAMPLER}.{choice}": f"choose_{choice}" for choice in ("greedy", "top_k", "any")}
+_FUNCTIONS = {
+    f"{SAMPLER}.greedy": ("choose_greedy",),
+    f"{SAMPLER}.top_k": ("choose_top_k",),
+    f"{SAMPLER}.any": ("choose_any",),
+    f"{SAMPLER}.nucleus": ("nucleus_extent", "nucleus_border", "choose_nucleus"),
+}
 # What `Buffers` in the source has, in its order; then scratch, and L.
 _ROLES = (
     Role.LOGITS,
@@ -37,6 +42,8 @@ _ROLES = (
     Role.UNIFORMS,
     Role.RANK_BIAS,
     Role.TOP_P,
+    Role.TOP_K,
+    Role.EARLIEST,
 )
 
 
@@ -61,25 +68,27 @@ class SamplingKernels:
 
         Raises: ProviderError without a compiler, CosmosRuntimeError without room on the device.
         """
-        function = _FUNCTIONS.get(name.removesuffix(".penalty"))
+        functions = _FUNCTIONS.get(name.removesuffix(".penalty"))
         usual = min(_MOST_CANDIDATES, self._vocab_size)  # so that all kinds are one program
-        candidates = most_candidates({name: spec}) or usual
-        if function is None or candidates > _MOST_CANDIDATES:
+        ranks = [tensor.shape[1] for tensor in spec.inputs if tensor.role == Role.RANK_BIAS]
+        candidates = int(ranks[0]) if ranks else usual
+        if functions is None or candidates > _MOST_CANDIDATES:
             return None
         batch, length = arrays[Role.HISTORY].shape
-        between = DeviceArray((batch, _GROUPS), "int64", self._stream.device)
+        between = DeviceArray((batch, _SCRATCH), "int64", self._stream.device)
         done = DeviceArray((batch,), "int32", self._stream.device)
-        self._stream.clear(done.address, done.size)
+        for array in (between, done):
+            self._stream.clear(array.address, array.size)
         places = [arrays[role].address if role in arrays else 0 for role in _ROLES]
         buffers = _Buffers(*places, between.address, done.address, length)
-        kernel = self._module(candidates).function(function, 0)
-        launch = Launch(kernel, (_PARTS * batch, 1, 1), _THREADS, 0, [buffers], early=True)
-        return LaunchSequence(self._stream, [launch], [between, done])
+        kernels = [self._module(candidates).function(function, 0) for function in functions]
+        launches = [Launch(kernel, (_PARTS * batch, 1, 1), _THREADS, 0, [buffers], early=True) for kernel in kernels]
+        return LaunchSequence(self._stream, launches, [between, done])
 
     def _module(self, candidates: int) -> CudaModule:
         if candidates not in self._modules:
             macros = definitions(self._vocab_size, candidates)
-            code = compiled(joined_source(SOURCE), macros, device(self._stream).architecture)
+            code = compiled(joined_source(*SOURCES), macros, device(self._stream).architecture)
             self._modules[candidates] = CudaModule(self._stream, code)
         return self._modules[candidates]
 
@@ -92,5 +101,5 @@ def sampling_kernels(stream: Stream, vocab_size: int) -> SamplingKernels | None:
 
 
 def definitions(vocab_size: int, candidates: int) -> dict[str, object]:
-    """The macros that `sampling_kernels.cu` wants."""
+    """The macros that the sources want."""
     return {"VOCAB": vocab_size, "CANDIDATES": candidates}

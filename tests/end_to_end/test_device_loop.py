@@ -29,6 +29,8 @@ WAYS = {
     "greedy": Sampling.greedy(),
     "defaults": Sampling(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.1, seed=5),
     "any": Sampling(seed=2),
+    "nucleus": Sampling(temperature=1.2, top_p=0.6, seed=7),
+    "long top k": Sampling(top_k=90, top_p=0.95, repetition_penalty=1.3, seed=3),
 }
 
 
@@ -72,8 +74,13 @@ def test_rows_of_unequal_length_end_where_they_end(session: Session) -> None:
 
 
 def test_rows_that_sample_differently(session: Session) -> None:
-    ways = [WAYS["defaults"], Sampling.greedy(), Sampling(temperature=1.5, top_k=3, seed=5)]
-    prompts = [[1, 2, 3], [9] * 20, [7, 8]]
+    few = [WAYS["defaults"], Sampling.greedy(), Sampling(temperature=1.5, top_k=3, seed=5)]
+    for ways in (few, [*few[:2], WAYS["nucleus"], WAYS["any"]]):
+        answers_are_the_same(session, [[1, 2, 3], [9] * 20, [7, 8], [5]][: len(ways)], ways)
+
+
+def answers_are_the_same(session: Session, prompts: list[list[int]], ways: list[Sampling]) -> None:
+    """Of the loop and of the host."""
     on_host = generate_batch(session, prompts, max_new_tokens=30, sampling=ways, device_loop=False).run()
     assert generate_batch(session, prompts, max_new_tokens=30, sampling=ways, device_loop=True).run() == on_host
 
@@ -85,6 +92,19 @@ def test_a_stop_id_ends_its_row_alone(session: Session) -> None:
     cut = generate_batch(session, prompts, max_new_tokens=40, stop_ids=[stop], device_loop=True)
     assert cut.run() == [free[0][: free[0].index(stop)], free[1]]
     assert cut.rows[0].finish_reason == "stop"
+
+
+def test_a_stop_id_does_not_come_before_the_shortest_answer(session: Session) -> None:
+    free = list(generate(session, PROMPT, max_new_tokens=20, device_loop=False))
+    on_host, on_device = (
+        generate(session, PROMPT, max_new_tokens=20, min_new_tokens=9, stop_ids=free[1:4], device_loop=wanted)
+        for wanted in (False, True)
+    )
+    assert list(on_device) == list(on_host)
+    assert len(on_host.tokens) >= 9
+    assert on_host.tokens[0] == free[0]
+    assert on_host.tokens != free
+    assert on_device.finish_reason == on_host.finish_reason
 
 
 def test_a_prompt_may_end_with_a_stop_id(session: Session) -> None:
@@ -151,11 +171,12 @@ def test_nan_is_an_error_and_the_session_lives(bundle: ExportedBundle, tmp_path:
 def test_what_the_loop_cannot_do_is_said_when_it_is_wanted(session: Session, small_decoder: ExportedBundle) -> None:
     with pytest.raises(InputError, match="device_loop: expected a bundle.*such as cuda-fp16, got 'cpu-fp32'"):
         generate(load(small_decoder.path, threads=1), PROMPT, max_new_tokens=3, device_loop=True)
-    with pytest.raises(InputError, match="a top_k of at most 64.*device_loop=False"):
-        generate(session, PROMPT, max_new_tokens=3, sampling=Sampling(top_p=0.5), device_loop=True)
+    every = range(session.manifest.vocab_size)
+    with pytest.raises(InputError, match="export it again.*stop ids that are the whole.*device_loop=False"):
+        generate(session, PROMPT, max_new_tokens=3, stop_ids=every, device_loop=True)
     with pytest.raises(InputError, match="no speculation"):
         generate(session, PROMPT, max_new_tokens=3, speculate=4, device_loop=True)
-    assert len(list(generate(session, PROMPT, max_new_tokens=3, sampling=Sampling(top_p=0.5)))) == 3
+    assert list(generate(session, PROMPT, max_new_tokens=3, stop_ids=every)) == []
 
 
 def test_a_width_that_the_fused_operator_refuses_still_loops(small_checkpoint: Checkpoint, tmp_path: Path) -> None:

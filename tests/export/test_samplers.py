@@ -117,9 +117,9 @@ def run(engine: Engine, kind: SamplerKind, vocab_size: int, rows, logits) -> np.
     for step in logits:
         outputs = engine.runs(kind, vocab_size)({t.name: state.get(t.role, step) for t in spec.inputs})
         state |= {name.removeprefix("next_"): value for name, value in outputs.items() if name.startswith("next_")}
-        np.testing.assert_array_equal(
-            outputs["chosen_logit"], np.take_along_axis(step, outputs["next_tokens"], 1), err_msg="no stop id is here"
-        )
+        if not any(row.limits.stop_ids for row in rows):  # a stop id is repeated, whatever is chosen
+            expected = np.take_along_axis(step, outputs["next_tokens"], 1)
+            np.testing.assert_array_equal(outputs["chosen_logit"], expected)
         chosen.append(outputs["next_tokens"][:, 0])
     return np.array(chosen)
 
@@ -131,7 +131,10 @@ WAYS = {
     "sampler.top_k.penalty": Sampling(temperature=1.3, top_k=7, repetition_penalty=0.8, seed=4),
     "sampler.any": Sampling(temperature=1.1, seed=4),
     "sampler.any.penalty": Sampling(repetition_penalty=1.2, seed=4),
+    "sampler.nucleus": Sampling(temperature=0.8, top_p=0.93, seed=4),
+    "sampler.nucleus.penalty": Sampling(temperature=1.4, top_k=300, top_p=0.9, repetition_penalty=1.2, seed=4),
 }
+RANKING = ("top_k", "nucleus")
 
 
 @pytest.mark.parametrize("vocab_size", [3, 97, 1000, 40_001])
@@ -140,7 +143,7 @@ def test_a_sampler_chooses_as_the_function_does(kind: SamplerKind, vocab_size: i
     """36 steps of 5 rows; logits in eighths, so that many are equal, and some far from the others."""
     draw = np.random.default_rng(7)
     logits = draw.normal(0, 3, (LENGTH - PROMPT, 5, vocab_size)).astype(np.float32)
-    if kind.choice != "top_k" or engine.breaks_ties_by_id:
+    if kind.choice not in RANKING or engine.breaks_ties_by_id:
         logits = np.round(logits * 8) / 8
     logits[::5] *= 20
     by_graph = [continuation(vocab_size, WAYS[kind.name], row) for row in range(5)]
@@ -181,12 +184,12 @@ ODD = {
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("kind", [k for k in KINDS if not k.penalises], ids=lambda kind: kind.name)
 def test_odd_logits(kind: SamplerKind, odd: str, engine: Engine) -> None:
-    if kind.choice == "top_k" and not engine.breaks_ties_by_id:
+    if kind.choice in RANKING and not engine.breaks_ties_by_id:
         pytest.skip("ONNX Runtime's operator may keep others of equal logits")
     draw, size = np.random.default_rng(1), 70_000
     logits = np.array([[ODD[odd](draw, size)] for _ in range(3)])
     # 0.9 of 50 equal shares would be 45 of them, give or take one by rounding.
-    way = replace(WAYS[kind.name], top_p=0.93) if kind.choice == "top_k" else WAYS[kind.name]
+    way = replace(WAYS[kind.name], top_p=0.93) if kind.choice in RANKING else WAYS[kind.name]
     chosen = run(engine, kind, size, [continuation(size, way, 0)], logits)[:, 0]
     by_hand = continuation(size, way, 0)
     assert [by_hand.choose(step[0]) for step in logits] == chosen.tolist()
@@ -196,7 +199,7 @@ def test_odd_logits(kind: SamplerKind, odd: str, engine: Engine) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_what_is_no_number_is_shown_to_the_host(kind: SamplerKind, bad: float, engine: Engine) -> None:
     """Every logit of a row, as where a model overflows; the other row is not disturbed."""
-    if engine.name == CUDA and kind.choice == "top_k" and np.signbit(bad):
+    if engine.name == CUDA and kind.choice in RANKING and np.signbit(bad):
         pytest.skip("ONNX Runtime's operator gives anything where numbers that are none are negative")
     spec = sampler_spec(kind, 1000)
     rows = [continuation(1000, WAYS[kind.name], row) for row in range(2)]
@@ -246,22 +249,69 @@ def test_a_stop_id_is_repeated_and_a_row_at_its_limit_stays(engine: Engine) -> N
     [
         (Sampling.greedy(), "sampler.greedy"),
         (Sampling(top_k=CANDIDATES), "sampler.top_k"),
-        (Sampling(top_k=CANDIDATES + 1), None),
-        (Sampling(top_p=0.9), None),
+        (Sampling(top_k=CANDIDATES + 1), "sampler.nucleus"),
+        (Sampling(top_p=0.9), "sampler.nucleus"),
+        (Sampling(top_p=0.9, repetition_penalty=2), "sampler.nucleus.penalty"),
         (Sampling(), "sampler.any"),
         (Sampling(top_k=1000, repetition_penalty=2), "sampler.any.penalty"),
     ],
 )
-def test_what_no_sampler_can_do_is_left_to_the_host(sampling: Sampling, name: str | None) -> None:
+def test_the_least_sampler_that_can_choose_is_taken(sampling: Sampling, name: str) -> None:
     assert sampler_for([continuation(1000, sampling, 0)], SPECS, 1000) == name
 
 
-def test_stop_ids_that_may_not_come_too_early_are_left_to_the_host() -> None:
+def test_rows_of_every_kind_choose_together(engine: Engine) -> None:
+    """Greedy, one of the top k, of a nucleus, of both, and any: the most general sampler does all of it."""
+    kind = SamplerKind("nucleus", penalises=False)
+    cuts = [(0, 1.0), (5, 1.0), (0, 0.6), (700, 0.95), (300, 1.0), (0, 1e-9), (1000, 1.0)]
+    ways = [Sampling.greedy(), *(Sampling(top_k=k, top_p=p, seed=3) for k, p in cuts)]
+    logits = np.random.default_rng(0).normal(0, 2, (LENGTH - PROMPT, len(ways), 1000)).astype(np.float32)
+    rows = [continuation(1000, way, 5) for way in ways]
+    assert sampler_for(rows, SPECS, 1000) == kind.name
+    chosen = run(engine, kind, 1000, rows, logits)
+    for row, way in enumerate(ways):
+        by_hand = continuation(1000, way, 5)
+        assert [by_hand.choose(step[row]) for step in logits] == chosen[:, row].tolist()
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k.penalises], ids=lambda kind: kind.name)
+def test_a_stop_id_does_not_come_too_early(kind: SamplerKind, engine: Engine) -> None:
+    """The likeliest tokens by far are stop ids; of three rows one has to be of three tokens at least, one of none."""
+    stop_ids, draw = (1, 5, 40), np.random.default_rng(2)
+    logits = draw.normal(0, 2, (6, 3, 97)).astype(np.float32)
+    logits[..., stop_ids] += 30
+
+    def row(shortest: int) -> Continuation:
+        limits = Limits.checked(
+            max_new_tokens=9, min_new_tokens=shortest, max_sequence_length=LENGTH, stop_ids=stop_ids, vocab_size=97
+        )
+        return Continuation(np.array([7, 2]), limits, WAYS[kind.name])
+
+    shortest = (3, 0, 5)
+    rows = [row(n) for n in shortest]
+    assert sampler_for(rows, {kind.name: sampler_spec(kind, 97)}, 97) == kind.name
+    chosen = run(engine, kind, 97, rows, logits)
+    for index, n in enumerate(shortest):
+        by_hand, tokens = row(n), chosen[:, index].tolist()
+        assert [by_hand.choose(step[index]) for step in logits][:n] == tokens[:n]
+        assert not set(tokens[:n]) & set(stop_ids)
+        assert set(tokens[n:]) == {tokens[n]}
+        assert tokens[n] in stop_ids
+
+
+def test_a_bundle_of_an_earlier_version_leaves_to_the_host_what_its_samplers_cannot_do() -> None:
+    earlier = {
+        name: replace(spec, inputs=tuple(t for t in spec.inputs if t.role != Role.EARLIEST))
+        for name, spec in SPECS.items()
+        if "nucleus" not in name
+    }
     limits = Limits.checked(
         max_new_tokens=9, min_new_tokens=3, max_sequence_length=LENGTH, stop_ids=(1,), vocab_size=1000
     )
-    row = Continuation(np.array([1, 2]), limits, Sampling.greedy())
-    assert sampler_for([row], SPECS, 1000) is None
+    held = Continuation(np.array([1, 2]), limits, Sampling.greedy())
+    assert sampler_for([held], earlier, 1000) is None
+    assert sampler_for([continuation(1000, Sampling(top_p=0.9), 0)], earlier, 1000) is None
+    assert sampler_for([continuation(1000, Sampling.greedy(), 0)], earlier, 1000) == "sampler.greedy"
 
 
 def test_uniform_numbers_are_those_of_the_function() -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from cosmos_runtime import kernel_compiler
+from cosmos_runtime.kernel_compiler import joined_source
+from cosmos_runtime.sampling_kernels import SOURCES
 
 PACKAGE, HERE = Path(kernel_compiler.__file__).parent, Path(__file__).parent / "cuda_on_host"
 COMPILER = next((found for name in (os.environ.get("CXX", "c++"), "g++") if (found := shutil.which(name))), None)
@@ -24,6 +26,7 @@ _CHOOSE = """
 #define LAUNCH(name) extern "C" void on_host_##name(unsigned blocks, const Buffers* at) { \\
     host::launch({blocks, 1, 1}, SIZE, [=] { name(*at); }); }
 LAUNCH(choose_greedy) LAUNCH(choose_top_k) LAUNCH(choose_any)
+LAUNCH(nucleus_extent) LAUNCH(nucleus_border) LAUNCH(choose_nucleus)
 """
 _ATTEND = """
 extern "C" void on_host_attend(const float* qkv, const int* last, int length, u16* keys, u16* values, const u16* cos,
@@ -36,7 +39,7 @@ extern "C" void on_host_attend(const float* qkv, const int* last, int length, u1
 
 def sampling_library(macros: Mapping[str, object]) -> ctypes.CDLL:
     """The kernels that choose tokens."""
-    return _library(_file("kernel_basics.cu") + _file("sampling_kernels.cu") + _CHOOSE, tuple(macros.items()))
+    return _library("\n".join([joined_source(*SOURCES), _CHOOSE]), tuple(macros.items()))
 
 
 def attention_library(macros: Mapping[str, object]) -> ctypes.CDLL:

@@ -1,6 +1,7 @@
 """What the kernels compute that choose tokens and attend, without a GPU: on the host, a thread a fiber."""
 
 import ctypes
+import re
 
 import numpy as np
 import pytest
@@ -9,15 +10,23 @@ from cosmos_runtime import GraphSpec, Role, Sampling, TensorSpec
 from cosmos_runtime.continuation import Continuation, Limits
 from cosmos_runtime.device_sampling import parameters
 from cosmos_runtime.sampling import sample
-from cosmos_runtime.sampling_kernels import _ROLES, _Buffers, definitions
+from cosmos_runtime.sampling_kernels import _FUNCTIONS, _ROLES, _SCRATCH, _Buffers, definitions
 
 from .kernels_on_host import attention_library, needs_compiler, sampling_library
 
 LENGTH, PROMPT, VOCAB = 16, 12, 40_000
-WAYS = {
-    "choose_greedy": Sampling(temperature=0, repetition_penalty=1.5),
-    "choose_top_k": Sampling(temperature=0.7, top_k=50, top_p=0.93, seed=4),
-    "choose_any": Sampling(temperature=1.1, repetition_penalty=1.2, seed=4),
+CHOICES = {
+    "greedy": Sampling(temperature=0, repetition_penalty=1.5),
+    "top_k": Sampling(temperature=0.7, top_k=50, top_p=0.93, seed=4),
+    "any": Sampling(temperature=1.1, repetition_penalty=1.2, seed=4),
+    "nucleus": Sampling(temperature=0.9, top_p=0.87, seed=4),
+    "nucleus, small": Sampling(temperature=0.2, top_p=0.3, seed=4),
+    "nucleus, nearly all": Sampling(top_p=1 - 1e-6, repetition_penalty=1.2, seed=4),
+    "nucleus, cold": Sampling(temperature=1e-9, top_p=0.9, seed=4),
+    "nucleus, hot": Sampling(temperature=50, top_p=0.6, seed=4),
+    "nucleus of a top k": Sampling(temperature=1.3, top_k=20_000, top_p=0.9, seed=4),
+    "nucleus, top k alone": Sampling(top_k=1000, seed=4),
+    "nucleus, greedy": Sampling.greedy(),
 }
 
 
@@ -30,6 +39,9 @@ SPEC = GraphSpec(
         TensorSpec("penalty", Role.PENALTY, "float32", ("B", 1)),
         TensorSpec("sharpness", Role.SHARPNESS, "float64", ("B", 1)),
         TensorSpec("rank_bias", Role.RANK_BIAS, "float64", ("B", 64)),
+        TensorSpec("top_p", Role.TOP_P, "float64", ("B", 1)),
+        TensorSpec("top_k", Role.TOP_K, "int64", ("B", 1)),
+        TensorSpec("earliest", Role.EARLIEST, "int32", ("B",)),
     ),
     outputs=(),
 )
@@ -46,27 +58,35 @@ LOGITS = {
 
 @needs_compiler
 @pytest.mark.parametrize("kind", LOGITS)
-@pytest.mark.parametrize("kernel", WAYS)
-def test_a_kernel_chooses_as_the_function_does(kernel: str, kind: str) -> None:
-    draw, way = np.random.default_rng(3), WAYS[kernel]
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_kernel_chooses_as_the_function_does(choice: str, kind: str) -> None:
+    """Two steps, of which the first may not choose a stop id, which every third token is."""
+    draw, way = np.random.default_rng(3), CHOICES[choice]
     limits = Limits.checked(
-        max_new_tokens=LENGTH - PROMPT, min_new_tokens=0, max_sequence_length=LENGTH, stop_ids=(), vocab_size=VOCAB
+        max_new_tokens=LENGTH - PROMPT,
+        min_new_tokens=1,
+        max_sequence_length=LENGTH,
+        stop_ids=range(0, VOCAB, 3),
+        vocab_size=VOCAB,
     )
     row = Continuation(draw.integers(0, VOCAB, PROMPT), limits, way)
     logits, by_hand = LOGITS[kind](draw).astype(np.float32), way.generator()
     arrays = {role: np.ascontiguousarray(value) for role, value in parameters([row], SPEC, LENGTH).items()}
     arrays |= {Role.LOGITS: logits, Role.CHOSEN_LOGIT: np.zeros((1, 1), np.float32)}
-    between, done = np.zeros((1, 1024), np.int64), np.zeros(1, np.int32)
+    between, done = np.zeros((1, _SCRATCH), np.int64), np.zeros(1, np.int32)
     places = [arrays[role].ctypes.data for role in _ROLES]
     at = _Buffers(*places, between.ctypes.data, done.ctypes.data, LENGTH)
     library = sampling_library(definitions(VOCAB, 64))
     tokens: list[int] = []
     for _ in range(2):
-        tokens.append(sample(logits, [*row.prompt, *tokens], way, by_hand))
-        getattr(library, f"on_host_{kernel}")(32, ctypes.byref(at))
+        stop_ids = () if tokens else sorted(limits.stop_ids)
+        tokens.append(sample(logits, [*row.prompt, *tokens], way, by_hand, stop_ids))
+        for kernel in _FUNCTIONS[f"sampler.{re.split('[, ]', choice)[0]}"]:
+            getattr(library, f"on_host_{kernel}")(32, ctypes.byref(at))
         assert arrays[Role.TOKENS].item() == tokens[-1]
         assert arrays[Role.CHOSEN_LOGIT].item() == logits[tokens[-1]]
         assert done.item() == 0
+        assert not between[0, 1024:].any()
     assert arrays[Role.HISTORY][0, PROMPT:].tolist() == [*tokens, 0, 0]
     assert arrays[Role.LAST_INDEX].item() == PROMPT + 1
 

@@ -155,7 +155,7 @@ template <class T> static inline T __ldcg(const T* place) { return *place; }
 template <class T> static inline T __ldg(const T* place) { return *place; }
 template <class T, class U> static inline T atomicAdd(T* place, U value) { const T old = *place; *place += value; return old; }
 static inline int atomicMax(int* place, int value) { const int old = *place; if (value > old) *place = value; return old; }
-static inline int atomicMin(int* place, int value) { const int old = *place; if (value < old) *place = value; return old; }
+template <class T> static inline T atomicMin(T* place, T value) { const T old = *place; if (value < old) *place = value; return old; }
 template <class To, class From> static inline To same_bits(From value) {
   To result;
   static_assert(sizeof(To) == sizeof(From), "size");
@@ -169,5 +169,6 @@ static inline long long __double_as_longlong(double x) { return same_bits<long l
 static inline double __longlong_as_double(long long x) { return same_bits<double>(x); }
 static inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 static inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+static inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
 static inline int max(int a, int b) { return a > b ? a : b; }
 static inline int min(int a, int b) { return a < b ? a : b; }
