@@ -161,11 +161,12 @@ class _Sampler:
         return op.Where(positive, op.Div(logits, seen), op.Mul(logits, seen))
 
     def _held(self, scores: ir.Value, place: ir.Value) -> ir.Value:
-        """Nothing of a token that would end its row before it may end."""
+        """Next to nothing of a token that would end its row before it may end: ONNX Runtime's TopK on CUDA puts what it
+        fills up with before -inf."""
         op = self.op
         early = op.Less(place, op.Unsqueeze(self.inputs[Role.EARLIEST], self._constant([1])))  # (B, 1)
         ends = op.Not(self.inputs[Role.GOES_ON])  # (V,)
-        return op.Where(op.And(early, ends), self._constant(-np.inf, "float32"), scores)
+        return op.Where(op.And(early, ends), self._constant(np.finfo(np.float32).min / 2, "float32"), scores)
 
     def _likeliest(self, scores: ir.Value, place: ir.Value) -> ir.Value:
         return self.op.ArgMax(scores, axis=1, keepdims=1)

@@ -11,6 +11,7 @@
 #define BORDER (LARGEST + 2)  // the lowest key that is kept
 #define WEIGHTS GROUPS
 #define COUNTS (GROUPS + SIZE)
+#define AHEAD 8  // logits that a thread reads before it looks at any: what one block does alone is waiting for memory
 
 // Of a row: how logits become weights, and bins of which the first has the likeliest tokens.
 struct Scale {
@@ -86,10 +87,23 @@ struct Members {
   u64 low, high;
 
   template <class Use> __device__ __forceinline__ void each(const Buffers& at, const Use& use) const {
-    for (int token = threadIdx.x; token < VOCAB; token += SIZE) {
-      const float x = score(at, row, held, token);
-      const u64 key = key_of(x, token);
-      if (key >= low && key <= high && scale.bin(x) == bin) use(key, x);
+    const i64 begin = (i64)row * VOCAB;
+    for (int first = threadIdx.x; first < VOCAB; first += AHEAD * SIZE) {
+      float logits[AHEAD], penalties[AHEAD];
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++) {
+        const i64 place = begin + min(first + i * SIZE, VOCAB - 1);
+        logits[i] = __ldcg(at.logits + place);
+        penalties[i] = at.seen ? __ldcg(at.seen + place) : 1.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++) {
+        const int token = first + i * SIZE;
+        if (token >= VOCAB) break;
+        const float x = held && !__ldcg(at.goes_on + token) ? NOTHING : penalised(logits[i], penalties[i]);
+        const u64 key = key_of(x, token);
+        if (key >= low && key <= high && scale.bin(x) == bin) use(key, x);
+      }
     }
   }
 };
@@ -128,7 +142,7 @@ __device__ __forceinline__ void narrow(const Buffers& at, Members& members, bool
 }
 
 // The lowest key that is kept of the members, which may be all of a bin.
-__device__ __forceinline__ u64 border_in(const Buffers& at, Members members, bool ranks, double wanted, u64 before) {
+__device__ __noinline__ u64 border_in(const Buffers& at, Members members, bool ranks, double wanted, u64 before) {
   __shared__ u64 found[ROOM], worth[ROOM], border;
   int count = gather(at, members, found);
   while (count > ROOM) {  // seldom: as many are equal, or nearly so

@@ -59,14 +59,15 @@ __device__ __forceinline__ int next_place(const Buffers& at, int row) {
 __device__ __forceinline__ bool is_held(const Buffers& at, int row) {
   return at.earliest && next_place(at, row) < __ldcg(at.earliest + row);
 }
+__device__ __forceinline__ float penalised(float logit, float penalty) {
+  return logit > 0.0f ? logit / penalty : logit * penalty;
+}
 // A token's logit, or what its penalty leaves of it; nothing is left of one that would end a row that is held.
 __device__ __forceinline__ float score(const Buffers& at, int row, bool held, int token) {
   const i64 place = (i64)row * VOCAB + token;
   if (held && !__ldcg(at.goes_on + token)) return NOTHING;
   const float logit = __ldcg(at.logits + place);
-  if (!at.seen) return logit;
-  const float penalty = __ldcg(at.seen + place);
-  return logit > 0.0f ? logit / penalty : logit * penalty;
+  return at.seen ? penalised(logit, __ldcg(at.seen + place)) : logit;
 }
 
 // ---- what threads know together ----

@@ -16,6 +16,7 @@ from cosmos_runtime.device_stream import CudaStream, DeviceArray, Stream
 from cosmos_runtime.kernel_compiler import compiled, joined_source
 from cosmos_runtime.manifest import SAMPLER, GraphSpec, Role
 
+# The second takes longer to compile than all else, so that it is left out where it is not wanted.
 SOURCES = ("sampling_kernels.cu", "nucleus_kernels.cu")
 # As in them: blocks that share a row, their threads, numbers of 64 bits that a row has for what blocks tell each other.
 _PARTS, _THREADS, _SCRATCH = 32, 1024, 3072
@@ -61,7 +62,7 @@ class SamplingKernels:
 
     def __init__(self, stream: CudaStream, vocab_size: int) -> None:
         self._stream, self._vocab_size = stream, vocab_size
-        self._modules: dict[int, CudaModule] = {}
+        self._modules: dict[tuple[int, int], CudaModule] = {}
 
     def sampler(self, name: str, spec: GraphSpec, arrays: Mapping[Role, DeviceArray]) -> LaunchSequence | None:
         """The kernel that does what the sampler graph `name` does, over buffers by role; None where there is none.
@@ -81,16 +82,17 @@ class SamplingKernels:
             self._stream.clear(array.address, array.size)
         places = [arrays[role].address if role in arrays else 0 for role in _ROLES]
         buffers = _Buffers(*places, between.address, done.address, length)
-        kernels = [self._module(candidates).function(function, 0) for function in functions]
+        module = self._module(candidates, 1 if len(functions) == 1 else 2)
+        kernels = [module.function(function, 0) for function in functions]
         launches = [Launch(kernel, (_PARTS * batch, 1, 1), _THREADS, 0, [buffers], early=True) for kernel in kernels]
         return LaunchSequence(self._stream, launches, [between, done])
 
-    def _module(self, candidates: int) -> CudaModule:
-        if candidates not in self._modules:
+    def _module(self, candidates: int, sources: int) -> CudaModule:
+        if (candidates, sources) not in self._modules:
             macros = definitions(self._vocab_size, candidates)
-            code = compiled(joined_source(*SOURCES), macros, device(self._stream).architecture)
-            self._modules[candidates] = CudaModule(self._stream, code)
-        return self._modules[candidates]
+            code = compiled(joined_source(*SOURCES[:sources]), macros, device(self._stream).architecture)
+            self._modules[candidates, sources] = CudaModule(self._stream, code)
+        return self._modules[candidates, sources]
 
 
 def sampling_kernels(stream: Stream, vocab_size: int) -> SamplingKernels | None:

@@ -16,6 +16,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static
 #define alignas(bytes) __attribute__((aligned(bytes)))
