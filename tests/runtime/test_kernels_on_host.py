@@ -9,7 +9,7 @@ import pytest
 from cosmos_runtime import GraphSpec, Role, Sampling, TensorSpec
 from cosmos_runtime.continuation import Continuation, Limits
 from cosmos_runtime.device_sampling import parameters
-from cosmos_runtime.sampling import sample
+from cosmos_runtime.sampling import keep_top_k, keep_top_p, sample, softmax
 from cosmos_runtime.sampling_kernels import _FUNCTIONS, _ROLES, _SCRATCH, _Buffers, definitions
 
 from .kernels_on_host import attention_library, needs_compiler, sampling_library
@@ -71,24 +71,49 @@ def test_a_kernel_chooses_as_the_function_does(choice: str, kind: str) -> None:
     )
     row = Continuation(draw.integers(0, VOCAB, PROMPT), limits, way)
     logits, by_hand = LOGITS[kind](draw).astype(np.float32), way.generator()
-    arrays = {role: np.ascontiguousarray(value) for role, value in parameters([row], SPEC, LENGTH).items()}
-    arrays |= {Role.LOGITS: logits, Role.CHOSEN_LOGIT: np.zeros((1, 1), np.float32)}
-    between, done = np.zeros((1, _SCRATCH), np.int64), np.zeros(1, np.int32)
-    places = [arrays[role].ctypes.data for role in _ROLES]
-    at = _Buffers(*places, between.ctypes.data, done.ctypes.data, LENGTH)
-    library = sampling_library(definitions(VOCAB, 64))
+    arrays = arrays_of(row, logits)
     tokens: list[int] = []
     for _ in range(2):
         stop_ids = () if tokens else sorted(limits.stop_ids)
         tokens.append(sample(logits, [*row.prompt, *tokens], way, by_hand, stop_ids))
-        for kernel in _FUNCTIONS[f"sampler.{re.split('[, ]', choice)[0]}"]:
-            getattr(library, f"on_host_{kernel}")(32, ctypes.byref(at))
-        assert arrays[Role.TOKENS].item() == tokens[-1]
+        assert next_token(choice, arrays) == tokens[-1]
         assert arrays[Role.CHOSEN_LOGIT].item() == logits[tokens[-1]]
-        assert done.item() == 0
-        assert not between[0, 1024:].any()
     assert arrays[Role.HISTORY][0, PROMPT:].tolist() == [*tokens, 0, 0]
     assert arrays[Role.LAST_INDEX].item() == PROMPT + 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("choice", ["top_k", "any", "nucleus"])
+def test_the_smallest_number_draws_the_first_token_that_is_kept(choice: str) -> None:
+    """Tokens before it have no share at all."""
+    way, logits = CHOICES[choice], np.random.default_rng(4).normal(0, 3, VOCAB).astype(np.float32)
+    logits[0] = -3000
+    limits = Limits.checked(
+        max_new_tokens=1, min_new_tokens=0, max_sequence_length=LENGTH, stop_ids=(), vocab_size=VOCAB
+    )
+    arrays = arrays_of(Continuation(np.array([5]), limits, way), logits)
+    arrays[Role.UNIFORMS][:] = 0
+    kept = keep_top_p(keep_top_k(logits.astype(np.float64), way.top_k) / way.temperature, way.top_p)
+    assert next_token(choice, arrays) == np.flatnonzero(softmax(kept))[0]
+
+
+def arrays_of(row: Continuation, logits: np.ndarray) -> dict[Role, np.ndarray]:
+    """All that the kernels read and write for a row with logits (V,)."""
+    arrays = {role: np.ascontiguousarray(value) for role, value in parameters([row], SPEC, LENGTH).items()}
+    return arrays | {Role.LOGITS: logits, Role.CHOSEN_LOGIT: np.zeros((1, 1), np.float32)}
+
+
+def next_token(choice: str, arrays: dict[Role, np.ndarray]) -> int:
+    """What the kernels choose; they leave their scratch as they found it."""
+    between, done = np.zeros((1, _SCRATCH), np.int64), np.zeros(1, np.int32)
+    places = [arrays[role].ctypes.data for role in _ROLES]
+    at = _Buffers(*places, between.ctypes.data, done.ctypes.data, LENGTH)
+    library = sampling_library(definitions(VOCAB, 64))
+    for kernel in _FUNCTIONS[f"sampler.{re.split('[, ]', choice)[0]}"]:
+        getattr(library, f"on_host_{kernel}")(32, ctypes.byref(at))
+    assert done.item() == 0
+    assert not between[0, 1024:].any()
+    return int(arrays[Role.TOKENS].item())
 
 
 def attended(qkv: np.ndarray, keys: np.ndarray, values: np.ndarray, last: np.ndarray, group: int) -> np.ndarray:
