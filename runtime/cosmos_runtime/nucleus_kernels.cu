@@ -11,7 +11,7 @@
 #define BORDER (LARGEST + 2)  // the lowest key that is kept
 #define WEIGHTS GROUPS
 #define COUNTS (GROUPS + SIZE)
-#define AHEAD 8  // logits that a thread reads before it looks at any: what one block does alone is waiting for memory
+#define AHEAD 8  // logits of a row that a thread reads before it looks at any
 
 // Of a row: how logits become weights, and bins of which the first has the likeliest tokens.
 struct Scale {

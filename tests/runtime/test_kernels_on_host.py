@@ -85,7 +85,7 @@ def test_a_kernel_chooses_as_the_function_does(choice: str, kind: str) -> None:
 @needs_compiler
 @pytest.mark.parametrize("choice", ["top_k", "any", "nucleus"])
 def test_the_smallest_number_draws_the_first_token_that_is_kept(choice: str) -> None:
-    """Tokens before it have no share at all."""
+    """Tokens before it have no share at all. As with a bundle of an earlier version: nothing is held back."""
     way, logits = CHOICES[choice], np.random.default_rng(4).normal(0, 3, VOCAB).astype(np.float32)
     logits[0] = -3000
     limits = Limits.checked(
@@ -93,6 +93,7 @@ def test_the_smallest_number_draws_the_first_token_that_is_kept(choice: str) -> 
     )
     arrays = arrays_of(Continuation(np.array([5]), limits, way), logits)
     arrays[Role.UNIFORMS][:] = 0
+    del arrays[Role.EARLIEST]
     kept = keep_top_p(keep_top_k(logits.astype(np.float64), way.top_k) / way.temperature, way.top_p)
     assert next_token(choice, arrays) == np.flatnonzero(softmax(kept))[0]
 
@@ -106,7 +107,7 @@ def arrays_of(row: Continuation, logits: np.ndarray) -> dict[Role, np.ndarray]:
 def next_token(choice: str, arrays: dict[Role, np.ndarray]) -> int:
     """What the kernels choose; they leave their scratch as they found it."""
     between, done = np.zeros((1, _SCRATCH), np.int64), np.zeros(1, np.int32)
-    places = [arrays[role].ctypes.data for role in _ROLES]
+    places = [arrays[role].ctypes.data if role in arrays else 0 for role in _ROLES]
     at = _Buffers(*places, between.ctypes.data, done.ctypes.data, LENGTH)
     library = sampling_library(definitions(VOCAB, 64))
     for kernel in _FUNCTIONS[f"sampler.{re.split('[, ]', choice)[0]}"]:
