@@ -153,10 +153,24 @@ def test_a_sampler_chooses_as_the_function_does(kind: SamplerKind, vocab_size: i
         assert [by_hand.choose(step[row]) for step in logits] == chosen[:, row].tolist()
 
 
-def test_rows_may_sample_differently(engine: Engine) -> None:
-    kind = SamplerKind("top_k", penalises=True)
-    ways = [Sampling.greedy(), Sampling(top_k=3, seed=1), Sampling(top_k=40, top_p=0.5, repetition_penalty=1.4, seed=2)]
-    logits = np.random.default_rng(0).normal(0, 2, (20, 3, 1000)).astype(np.float32)
+_CUTS = [(0, 1.0), (5, 1.0), (0, 0.6), (700, 0.95), (300, 1.0), (0, 1e-9), (1000, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ways"),
+    [
+        (
+            SamplerKind("top_k", penalises=True),
+            [Sampling(top_k=3, seed=1), Sampling(top_k=40, top_p=0.5, repetition_penalty=1.4, seed=2)],
+        ),
+        (SamplerKind("nucleus", penalises=False), [Sampling(top_k=k, top_p=p, seed=3) for k, p in _CUTS]),
+    ],
+    ids=lambda value: value.name if isinstance(value, SamplerKind) else "",
+)
+def test_rows_may_sample_differently(kind: SamplerKind, ways: list[Sampling], engine: Engine) -> None:
+    """A greedy row beside others: the most general sampler does all that there is."""
+    ways = [Sampling.greedy(), *ways]
+    logits = np.random.default_rng(0).normal(0, 2, (LENGTH - PROMPT, len(ways), 1000)).astype(np.float32)
     rows = [continuation(1000, way, 5) for way in ways]
     assert sampler_for(rows, SPECS, 1000) == kind.name
     chosen = run(engine, kind, 1000, rows, logits)
@@ -258,20 +272,6 @@ def test_a_stop_id_is_repeated_and_a_row_at_its_limit_stays(engine: Engine) -> N
 )
 def test_the_least_sampler_that_can_choose_is_taken(sampling: Sampling, name: str) -> None:
     assert sampler_for([continuation(1000, sampling, 0)], SPECS, 1000) == name
-
-
-def test_rows_of_every_kind_choose_together(engine: Engine) -> None:
-    """Greedy, one of the top k, of a nucleus, of both, and any: the most general sampler does all of it."""
-    kind = SamplerKind("nucleus", penalises=False)
-    cuts = [(0, 1.0), (5, 1.0), (0, 0.6), (700, 0.95), (300, 1.0), (0, 1e-9), (1000, 1.0)]
-    ways = [Sampling.greedy(), *(Sampling(top_k=k, top_p=p, seed=3) for k, p in cuts)]
-    logits = np.random.default_rng(0).normal(0, 2, (LENGTH - PROMPT, len(ways), 1000)).astype(np.float32)
-    rows = [continuation(1000, way, 5) for way in ways]
-    assert sampler_for(rows, SPECS, 1000) == kind.name
-    chosen = run(engine, kind, 1000, rows, logits)
-    for row, way in enumerate(ways):
-        by_hand = continuation(1000, way, 5)
-        assert [by_hand.choose(step[row]) for step in logits] == chosen[:, row].tolist()
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.penalises], ids=lambda kind: kind.name)
