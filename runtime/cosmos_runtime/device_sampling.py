@@ -112,4 +112,4 @@ def _draws(rows: Sequence[Continuation], length: int) -> dict[Role, npt.NDArray[
 
 def _kept_ranks(rows: Sequence[Continuation], every: int) -> npt.NDArray[np.int64]:
     """How many of the likeliest tokens each row draws from (B, 1), `every` where it has no top-k."""
-    return np.array([[1 if row.sampling.is_greedy else row.sampling.top_k or every] for row in rows])
+    return np.array([[1 if row.sampling.is_greedy else min(row.sampling.top_k or every, every)] for row in rows])
