@@ -174,7 +174,7 @@ class _Sampler:
     def _one_of_the_top(self, scores: ir.Value, place: ir.Value) -> ir.Value:
         """One of the k likeliest, k being how many ranks have no bias of -inf, and of their nucleus."""
         op, given = self.op, self.inputs
-        values, ids = self._top(scores)  # (B, C) each, the likeliest first, the lowest id among equals
+        values, ids = self._top(scores, self._candidates)  # (B, C) each
         sharpened = op.Mul(op.Cast(values, to=ir.DataType.DOUBLE), given[Role.SHARPNESS])
         probabilities = op.Softmax(op.Add(sharpened, given[Role.RANK_BIAS]), axis=1)
         before = op.CumSum(probabilities, self._constant(1), exclusive=1)
@@ -190,8 +190,8 @@ class _Sampler:
     def _one_of_a_nucleus(self, scores: ir.Value, place: ir.Value) -> ir.Value:
         """One of the k likeliest, and of the likeliest among them before which less than top_p of their weight is."""
         op, given = self.op, self.inputs
-        every, nothing = self._constant([self.vocab_size]), self._constant(0.0, "float64")
-        _, ids = self._outputs("TopK", [scores, every], axis=1)  # the likeliest first, the lowest id among equals
+        nothing = self._constant(0.0, "float64")
+        _, ids = self._top(scores, self.vocab_size)
         ranked = op.GatherElements(self._weights(scores), ids, axis=1)
         ranks = self._constant([list(range(self.vocab_size))])
         kept = op.Where(op.Less(ranks, given[Role.TOP_K]), ranked, nothing)
@@ -202,9 +202,10 @@ class _Sampler:
         before = op.Add(within, op.CumSum(of_groups, self._constant(1), exclusive=1))
         wanted = op.Mul(op.ReduceSum(kept, self._constant([1]), keepdims=1), given[Role.TOP_P])  # (B, 1)
         nucleus = op.Less(op.Reshape(before, self._constant([-1, groups * size])), wanted)
-        nucleus = op.Slice(nucleus, self._constant([0]), every, self._constant([1]))
+        nucleus = op.Slice(nucleus, self._constant([0]), self._constant([self.vocab_size]), self._constant([1]))
         kept = op.Where(nucleus, kept, nothing)
-        return self._one_by_weight(op.ScatterElements(kept, ids, kept, axis=1), place)
+        by_id = op.ScatterElements(kept, ids, kept, axis=1)  # every id is there, so that all is written anew
+        return self._one_by_weight(by_id, place)
 
     def _weights(self, scores: ir.Value) -> ir.Value:
         """(B, V): 1 for the likeliest token, for others their probability over its."""
@@ -237,8 +238,9 @@ class _Sampler:
         chosen = op.GatherElements(members, member, axis=1)
         return op.Min(chosen, self._constant([[self.vocab_size - 1]]))  # where no weight is a number
 
-    def _top(self, scores: ir.Value) -> tuple[ir.Value, ir.Value]:
-        values, ids = self._outputs("TopK", [scores, self._constant([self._candidates])], axis=1)
+    def _top(self, scores: ir.Value, count: int) -> tuple[ir.Value, ir.Value]:
+        """Values and ids (B, count), the likeliest first, the lowest id among equals."""
+        values, ids = self._outputs("TopK", [scores, self._constant([count])], axis=1)
         return values, ids
 
     def _uniform(self, place: ir.Value) -> ir.Value:

@@ -120,9 +120,9 @@ def program_of(model: CosmosBackbone, graph: str, spec: GraphSpec, attention: At
     if isinstance(model, CosmosAdvancedModel):
         if graph != DECODER:
             return FullSequenceHeadsProgram(model)
-        on_demand = any(tensor.role == Role.WANTS_SCORES for tensor in spec.inputs)
+        on_demand = spec.takes(Role.WANTS_SCORES)
         return DecoderHeadsProgram(model, attention=attention, on_demand=on_demand)
     if graph != DECODER:
         return FullSequenceProgram(model)
-    by_lengths = any(tensor.role == Role.LAST_INDEX for tensor in spec.inputs)
+    by_lengths = spec.takes(Role.LAST_INDEX)
     return (DecoderByLengthsProgram if by_lengths else DecoderProgram)(model, attention=attention)

@@ -112,7 +112,7 @@ class CaseRunner:
         self._past = [[t.name for t in spec.inputs if t.role == r] for r in (Role.PAST_KEY, Role.PAST_VALUE)]
         self._present = [[t.name for t in spec.outputs if t.role == r] for r in (Role.PRESENT_KEY, Role.PRESENT_VALUE)]
         self.logits = next(t.name for t in spec.outputs if t.role == Role.LOGITS)
-        self._by_rows = any(t.role == Role.LOGIT_ROWS for t in spec.inputs)
+        self._by_rows = spec.takes(Role.LOGIT_ROWS)
 
     @property
     def cached(self) -> bool:

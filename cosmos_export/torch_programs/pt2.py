@@ -30,7 +30,7 @@ def export_program(
     try:
         # With a cache: one as long as what is read of it would count as another program than a longer one. Without: a
         # sequence of one token would.
-        with quiet(TALKER), torch.no_grad(), _sizes.patch(backed_size_oblivious=_has_cache(spec)):  # type: ignore[attr-defined]
+        with quiet(TALKER), torch.no_grad(), _sizes.patch(backed_size_oblivious=spec.takes(Role.PAST_KEY)):  # type: ignore[attr-defined]
             return torch.export.export(program.eval(), tuple(examples), dynamic_shapes=(tuple(shapes),), strict=False)
     except Exception as error:  # torch raises many types here, none of them public
         raise ExportError(f"torch.export could not trace with dynamic {', '.join(axes)}: {error}") from error
@@ -85,7 +85,3 @@ def stored_tensors(program: torch.export.ExportedProgram) -> Iterator[tuple[str,
     for name, tensor in named.items():
         if isinstance(tensor, Tensor) and name.startswith(_MODEL):
             yield name.removeprefix(_MODEL), tensor
-
-
-def _has_cache(spec: GraphSpec) -> bool:
-    return any(tensor.role == Role.PAST_KEY for tensor in spec.inputs)

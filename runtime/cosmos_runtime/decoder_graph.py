@@ -41,7 +41,7 @@ class DecoderGraph:
     @property
     def by_lengths(self) -> bool:
         """Whether it is told lengths instead of a mask, and gives logits (n, V) of chosen rows."""
-        return any(tensor.role == Role.LAST_INDEX for tensor in self.spec.inputs)
+        return self.spec.takes(Role.LAST_INDEX)
 
     def new_feed(self, batch: int, length: int) -> "Feed":
         """What tells the graph how long rows are, for a cache of `batch` rows and `length` places."""

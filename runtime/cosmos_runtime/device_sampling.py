@@ -33,7 +33,7 @@ def sampler_for(rows: Sequence[Continuation], specs: Mapping[str, GraphSpec], vo
     holds = any(_held_until(row) for row in rows)
     for choice in ("greedy", "top_k", "any", "nucleus"):
         name = f"{SAMPLER}.{choice}{'.penalty' if penalises else ''}"
-        if name not in specs or (holds and not _has(specs[name], Role.EARLIEST)):
+        if name not in specs or (holds and not specs[name].takes(Role.EARLIEST)):
             continue
         if all(_serves(choice, row.sampling, specs[name], vocab_size) for row in rows):
             return name
@@ -53,20 +53,20 @@ def parameters(rows: Sequence[Continuation], spec: GraphSpec, length: int) -> di
         Role.GOES_ON: goes_on,
         Role.HISTORY: np.zeros((len(rows), length), np.int64),
     }
-    if _has(spec, Role.EARLIEST):
+    if spec.takes(Role.EARLIEST):
         values[Role.EARLIEST] = np.array([_held_until(row) for row in rows], np.int32)
-    if _has(spec, Role.PENALTY):
+    if spec.takes(Role.PENALTY):
         values |= _penalties(rows, vocab_size)
-    if _has(spec, Role.SHARPNESS):
+    if spec.takes(Role.SHARPNESS):
         values |= _draws(rows, length)
-    if _has(spec, Role.TOP_P):
+    if spec.takes(Role.TOP_P):
         nucleus = [_NO_NUCLEUS if row.sampling.top_p == 1 else row.sampling.top_p for row in rows]
         values[Role.TOP_P] = np.array(nucleus)[:, None]
-    if _has(spec, Role.RANK_BIAS):
+    if spec.takes(Role.RANK_BIAS):
         candidates = int(spec.input(Role.RANK_BIAS).shape[1])
         kept = _kept_ranks(rows, candidates)
         values[Role.RANK_BIAS] = np.where(np.arange(candidates) < kept, 0.0, -np.inf)
-    if _has(spec, Role.TOP_K):
+    if spec.takes(Role.TOP_K):
         values[Role.TOP_K] = _kept_ranks(rows, _EVERY)
     return values
 
@@ -87,10 +87,6 @@ def _held_until(row: Continuation) -> int:
     """The first position at which a stop id may end a row; 0 where any may."""
     limits = row.limits
     return row.length + limits.min_new_tokens if limits.min_new_tokens and limits.stop_ids else 0
-
-
-def _has(spec: GraphSpec, role: Role) -> bool:
-    return any(tensor.role == role for tensor in spec.inputs)
 
 
 def _penalties(rows: Sequence[Continuation], vocab_size: int) -> dict[Role, npt.NDArray[Any]]:

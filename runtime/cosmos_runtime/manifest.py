@@ -130,6 +130,10 @@ class GraphSpec:
         """The only input of `role`; BundleError where there is none, or more than one."""
         return self._only(self.inputs, role, "input")
 
+    def takes(self, role: str) -> bool:
+        """Whether an input has this role."""
+        return any(tensor.role == role for tensor in self.inputs)
+
     def output(self, role: str) -> TensorSpec:
         """The only output of `role`; BundleError where there is none, or more than one."""
         return self._only(self.outputs, role, "output")

@@ -62,7 +62,7 @@ class SamplingKernels:
 
     def __init__(self, stream: CudaStream, vocab_size: int) -> None:
         self._stream, self._vocab_size = stream, vocab_size
-        self._modules: dict[tuple[int, int], CudaModule] = {}
+        self._modules: dict[tuple[int, tuple[str, ...]], CudaModule] = {}
 
     def sampler(self, name: str, spec: GraphSpec, arrays: Mapping[Role, DeviceArray]) -> LaunchSequence | None:
         """The kernel that does what the sampler graph `name` does, over buffers by role; None where there is none.
@@ -71,8 +71,7 @@ class SamplingKernels:
         """
         functions = _FUNCTIONS.get(name.removesuffix(".penalty"))
         usual = min(_MOST_CANDIDATES, self._vocab_size)  # so that all kinds are one program
-        ranks = [tensor.shape[1] for tensor in spec.inputs if tensor.role == Role.RANK_BIAS]
-        candidates = int(ranks[0]) if ranks else usual
+        candidates = int(spec.input(Role.RANK_BIAS).shape[1]) if spec.takes(Role.RANK_BIAS) else usual
         if functions is None or candidates > _MOST_CANDIDATES:
             return None
         batch, length = arrays[Role.HISTORY].shape
@@ -82,15 +81,15 @@ class SamplingKernels:
             self._stream.clear(array.address, array.size)
         places = [arrays[role].address if role in arrays else 0 for role in _ROLES]
         buffers = _Buffers(*places, between.address, done.address, length)
-        module = self._module(candidates, 1 if len(functions) == 1 else 2)
+        module = self._module(candidates, SOURCES if functions[0].startswith("nucleus") else SOURCES[:1])
         kernels = [module.function(function, 0) for function in functions]
         launches = [Launch(kernel, (_PARTS * batch, 1, 1), _THREADS, 0, [buffers], early=True) for kernel in kernels]
         return LaunchSequence(self._stream, launches, [between, done])
 
-    def _module(self, candidates: int, sources: int) -> CudaModule:
+    def _module(self, candidates: int, sources: tuple[str, ...]) -> CudaModule:
         if (candidates, sources) not in self._modules:
             macros = definitions(self._vocab_size, candidates)
-            code = compiled(joined_source(*SOURCES[:sources]), macros, device(self._stream).architecture)
+            code = compiled(joined_source(*sources), macros, device(self._stream).architecture)
             self._modules[candidates, sources] = CudaModule(self._stream, code)
         return self._modules[candidates, sources]
 
